@@ -1,0 +1,1 @@
+"""The coordinator's HTTP face: web page, JSON API, metrics, health."""

@@ -1,0 +1,1 @@
+"""The coordinator's shell: the single-writer loop, inbox, outbox, recovery."""

@@ -1,0 +1,1 @@
+"""The shared library of the mesh: vocabulary, wire, identity, results, transport, client, gateway and CLI."""

@@ -1,0 +1,1 @@
+"""The `edif` command: one file a noun."""

@@ -1,0 +1,1 @@
+"""The Python client: submit, watch, fetch, cancel; the nnsight backend."""

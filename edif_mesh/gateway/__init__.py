@@ -1,0 +1,1 @@
+"""The NDIF-compatible HTTP and WebSocket endpoint of unmodified nnsight."""

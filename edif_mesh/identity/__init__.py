@@ -1,0 +1,1 @@
+"""Keys, the trust store and the replay window."""

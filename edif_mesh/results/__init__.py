@@ -1,0 +1,1 @@
+"""Results: the safe archive, its signed manifest, and the transfer in chunks."""

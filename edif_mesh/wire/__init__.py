@@ -1,0 +1,1 @@
+"""What crosses the broker: messages, subjects, codec and signed envelopes."""

@@ -1,0 +1,1 @@
+"""The site agent daemon: adverts, admission, model hosts, runners."""

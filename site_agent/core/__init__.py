@@ -1,0 +1,1 @@
+"""The agent's rules: plain functions over plain values; no I/O, no clock, no randomness."""

@@ -1,0 +1,1 @@
+"""Model hosts: load, keep warm, lend to children."""

@@ -1,0 +1,1 @@
+"""One confined child process an attempt: protocol, confinement, supervision."""

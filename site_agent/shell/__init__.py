@@ -1,0 +1,1 @@
+"""The agent's shell: the single-writer loop, inbox, outbox, heartbeat."""

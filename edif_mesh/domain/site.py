@@ -1,0 +1,78 @@
+"""A site: a partner's capacity, as it states it and as the coordinator sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class SiteStatus(StrEnum):
+    """Whether a site gets work. ACTIVE, CORDONED, DRAINING are its own statement; SUSPECT and LOST the coordinator's."""
+
+    ACTIVE = "ACTIVE"
+    CORDONED = "CORDONED"
+    DRAINING = "DRAINING"
+    SUSPECT = "SUSPECT"
+    LOST = "LOST"
+
+
+class ModelState(StrEnum):
+    """What a site can say of a model in its catalogue."""
+
+    LOADED = "LOADED"
+    LOADING = "LOADING"
+    LOADABLE = "LOADABLE"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """Which model, as exactly as the researcher asked: `repo_id` is its Hugging Face id (or the site's own name)."""
+
+    repo_id: str
+    revision: str | None = None
+    """A commit, branch or tag; None means the site's pinned one."""
+    task: str = "text-generation"
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOffer:
+    """One model that a site offers."""
+
+    repo_id: str
+    revision: str
+    """The resolved commit, or a digest of a local folder."""
+    task: str
+    dtype: str
+    state: ModelState
+    weights_bytes: int
+    load_ms: int
+    """The last measured load time, or an estimate before the first."""
+    attn_implementation: str = ""
+    detail: str = ""
+    """Why FAILED, or how far LOADING is."""
+    aliases: tuple[str, ...] = ()
+    """Branches or tags that resolve to `revision` here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU, or the CPU when there is none."""
+
+    kind: str
+    """`cuda` or `cpu`."""
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Versions that decide whether a payload can be opened: dotted numbers, empty when unknown."""
+
+    python: str = ""
+    nnsight: str = ""
+    torch: str = ""
+    transformers: str = ""
+    edif: str = ""

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class SiteStatus(StrEnum):
-    """Whether a site gets work. ACTIVE, CORDONED, DRAINING are its own statement; SUSPECT and LOST the coordinator's."""
+    """Whether a site gets work: ACTIVE, CORDONED, DRAINING by its own word; SUSPECT and LOST by the coordinator's."""
 
     ACTIVE = "ACTIVE"
     CORDONED = "CORDONED"

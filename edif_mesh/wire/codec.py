@@ -16,11 +16,11 @@ MAX_MESSAGE_BYTES = 512 << 10
 MAX_DEPTH = 32
 
 M = TypeVar("M")
-_CLASSES: dict[str, type] = {cls.__dataclass_fields__["kind"].default: cls for cls in get_args(Message)}
+_CLASSES: dict[str, type[Any]] = {cls.__dataclass_fields__["kind"].default: cls for cls in get_args(Message)}
 
 
 @cache
-def _adapter(cls: type) -> TypeAdapter[Any]:
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
@@ -31,7 +31,8 @@ def kinds() -> dict[str, type]:
 
 def encode(message: Message) -> bytes:
     """Return the message as JSON bytes."""
-    return _adapter(type(message)).dump_json(message)
+    cls: type[Any] = type(message)
+    return _adapter(cls).dump_json(message)
 
 
 def decode(raw: bytes | str) -> Message:
@@ -45,7 +46,8 @@ def decode(raw: bytes | str) -> Message:
     cls = _CLASSES.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise WireError(f"This is no message of ours: its kind is {str(kind)[:40]!r}.")
-    return _validate(cls, value)
+    message: Message = _validate(cls, value)
+    return message
 
 
 def decode_as(cls: type[M], raw: bytes | str) -> M:
@@ -57,7 +59,7 @@ def decode_as(cls: type[M], raw: bytes | str) -> M:
 
 
 def load_json(raw: bytes | str) -> Any:
-    """Parse JSON strictly: at most `MAX_MESSAGE_BYTES`, no duplicate keys, no NaN, bounded nesting; raises WireError."""
+    """Parse JSON strictly: bounded length and nesting, no duplicate keys, no NaN; raises WireError."""
     if len(raw) > MAX_MESSAGE_BYTES:
         raise WireError(f"A message of {len(raw)} bytes is over the limit of {MAX_MESSAGE_BYTES}.")
     try:

@@ -1,0 +1,188 @@
+"""Settings of the daemons and of the client: TOML files, strict keys, every error names the file and the key.
+
+`configs/` holds one commented file for each of the three with every key, its default and its unit.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from edif_mesh.domain.ids import FederationId, SiteId, is_name
+from edif_mesh.domain.job import Limits
+from edif_mesh.errors import ConfigError
+
+C = TypeVar("C", "CoordinatorConfig", "SiteConfig", "ClientConfig")
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """How to reach NATS."""
+
+    __pydantic_config__ = _STRICT
+
+    url: str = "nats://127.0.0.1:4222"
+    user: str | None = None
+    password_file: Path | None = None
+    """Holds the password as its only line; mode 600."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """How much the broker may keep, in bytes, of each stream; a full stream refuses and never drops."""
+
+    __pydantic_config__ = _STRICT
+
+    orders_bytes: int = 256 << 20
+    payloads_bytes: int = 2 << 30
+    results_bytes: int = 16 << 30
+    logs_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """The coordinator's times, all in milliseconds; the defaults fit a wide-area federation."""
+
+    __pydantic_config__ = _STRICT
+
+    lease_ms: int = 30_000
+    suspect_ms: int = 15_000
+    disconnect_grace_ms: int = 2_000
+    grant_repeat_ms: int = 1_000
+    tick_ms: int = 250
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """Settings of `edif-coordinator`."""
+
+    __pydantic_config__ = _STRICT
+
+    federation: FederationId
+    key_file: Path
+    trust_file: Path
+    database_url: str
+    """`sqlite:///FILE` or `postgresql://...`."""
+    broker: BrokerConfig = BrokerConfig()
+    store: StoreConfig = StoreConfig()
+    policy: PolicyConfig = PolicyConfig()
+    http_host: str = "127.0.0.1"
+    http_port: int = 8002
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model of a site's catalogue: by hub id (with the site's Hugging Face cache) or by local path."""
+
+    __pydantic_config__ = _STRICT
+
+    repo_id: str
+    revision: str | None = None
+    path: Path | None = None
+    """A local folder with config.json and weights; `repo_id` is then only the name it is offered under."""
+    task: str = "text-generation"
+    dtype: str = "auto"
+    preload: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SiteConfig:
+    """Settings of `edif-site`."""
+
+    __pydantic_config__ = _STRICT
+
+    federation: FederationId
+    site: SiteId
+    key_file: Path
+    trust_file: Path
+    state_dir: Path
+    models: tuple[ModelConfig, ...]
+    broker: BrokerConfig = BrokerConfig()
+    country: str = ""
+    """ISO 3166 two-letter code; orders may restrict where they run."""
+    slots: int = 2
+    """Attempts at once over all models."""
+    ready_children: int = 2
+    """Warm children kept waiting for each loaded model."""
+    threads: int = 1
+    """CPU threads of one runner; keep slots x threads within the cores."""
+    memory_bytes: int = 0
+    """For runners, beyond the weights; 0 means 80 % of what is free at start."""
+    hf_cache: Path | None = None
+    """The Hugging Face cache; None means where HF_HUB_CACHE or HF_HOME point."""
+    limits: Limits = field(default_factory=Limits)
+    advert_ms: int = 5_000
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """Settings of the researcher's side: CLI, Python client and personal gateway."""
+
+    __pydantic_config__ = _STRICT
+
+    federation: FederationId
+    key_file: Path
+    trust_file: Path
+    outbox_dir: Path
+    """Orders and payloads wait here until the coordinator has recorded them."""
+    broker: BrokerConfig = BrokerConfig()
+    gateway_host: str = "127.0.0.1"
+    gateway_port: int = 8001
+    monitor_url: str = ""
+    """The coordinator's web page, shown by `edif status`."""
+
+
+def home() -> Path:
+    """Return where a local mesh keeps its state: `$EDIF_HOME`, else `~/.edif`."""
+    return Path(os.environ.get("EDIF_HOME") or Path.home() / ".edif")
+
+
+def load_config(cls: type[C], path: Path) -> C:
+    """Read the TOML file at `path` as a `cls`; relative paths in it are taken from its own folder.
+
+    Raises ConfigError, with the file and the key to change.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"The settings file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The settings file {path} is not TOML: {error}") from error
+    try:
+        config = TypeAdapter(cls).validate_python(_absolute(data, path.parent))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"In {path}: {where}: {first['msg']}.") from error
+    for name in (config.federation, getattr(config, "site", "x")):
+        if not is_name(name):
+            raise ConfigError(f"In {path}: {name!r} is no name: use lower-case letters, digits and dashes.")
+    return config
+
+
+def read_password(config: BrokerConfig) -> str | None:
+    """Return the broker's password, or None when there is none; raises ConfigError that names the file."""
+    if config.password_file is None:
+        return None
+    try:
+        return config.password_file.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"The password file {config.password_file} cannot be read: {error.strerror}.") from error
+
+
+def _absolute(value: object, folder: Path, key: str = "") -> object:
+    if isinstance(value, dict):
+        return {name: _absolute(child, folder, name) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_absolute(child, folder, key) for child in value]
+    if isinstance(value, str) and (key.endswith(("_file", "_dir")) or key in {"path", "hf_cache"}):
+        return str(folder / Path(value).expanduser())
+    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,9 +18,7 @@ M = TypeVar("M")
 _CLASSES: dict[str, type[Any]] = {cls.__dataclass_fields__["kind"].default: cls for cls in get_args(Message)}
 
 
-@cache
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in get_args(Message)}
 
 
 def kinds() -> dict[str, type]:
@@ -31,8 +28,7 @@ def kinds() -> dict[str, type]:
 
 def encode(message: Message) -> bytes:
     """Return the message as JSON bytes."""
-    cls: type[Any] = type(message)
-    return _adapter(cls).dump_json(message)
+    return _ADAPTERS[type(message)].dump_json(message)
 
 
 def decode(raw: bytes | str) -> Message:
@@ -71,10 +67,10 @@ def load_json(raw: bytes | str) -> Any:
     return value
 
 
-def _validate(cls: type, value: Any) -> Any:
+def _validate(cls: type[Any], value: Any) -> Any:
     try:
         # JSON mode: strings become enums, lists become tuples; strict: nothing else is coerced.
-        return _adapter(cls).validate_json(json.dumps(value), strict=True)
+        return _ADAPTERS[cls].validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -1,0 +1,303 @@
+"""Values -> tree and storages. Runs in the sandboxed child; refuses by name what cannot be represented without code."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from edif_mesh.errors import UnsupportedValueError
+from edif_mesh.results.archive_types import MAX_DEPTH, MODEL_OUTPUTS, NAMES, NUMPY_KINDS
+
+Node = Any
+_SAFE_INT = 1 << 53
+_HINTS = {
+    "Module": "Save its state_dict() instead.",
+    "function": "Save what it returns instead.",
+    "generator": "Save list(...) of it instead.",
+    "Envoy": "Save its .output instead.",
+}
+
+
+class Encoder:
+    """Builds the tree of one result; `storages` are the raw bytes that its tensors point into."""
+
+    def __init__(self) -> None:
+        self.storages: list[memoryview] = []
+        self._memo: dict[int, int | None] = {}
+        self._kept: list[Any] = []
+        self._finished = 0
+        self._shared: dict[int, tuple[int, int]] = {}
+        self._groups: dict[int, tuple[int, int, int]] = {}
+
+    def mapping(self, values: Mapping[str, Any]) -> list[Node]:
+        """Encode the saved values of a job: a list of `[name, node]`."""
+        self._survey(values)
+        return [[str(name), self.node(value, str(name), 0)] for name, value in values.items()]
+
+    def node(self, value: Any, path: str, depth: int) -> Node:
+        """Encode one value; `path` is how the researcher would write it."""
+        if value is None or value is True or value is False:
+            return value
+        kind = type(value)
+        if isinstance(value, str | int | float | bytes) and _is_scalar_subclass(value, kind):
+            value = _plain(value)
+            kind = type(value)
+        if kind is str:
+            return value if value.isascii() or _encodable(value) else {"t": "surrogates", "v": list(map(ord, value))}
+        if kind is int:
+            return value if -_SAFE_INT < value < _SAFE_INT else {"t": "int", "v": hex(value)}
+        if kind is float:
+            return value if math.isfinite(value) else {"t": "float", "v": repr(value)}
+        if depth > MAX_DEPTH:
+            raise UnsupportedValueError(path, kind.__name__, f"It is nested deeper than {MAX_DEPTH}; flatten it.")
+        small = self._small(value, kind)
+        if small is not None:
+            return small
+        known = self._memo.get(id(value), -1)
+        if known is None:
+            raise UnsupportedValueError(path, kind.__name__, "It contains itself; save its parts.")
+        if known >= 0:
+            return {"t": "ref", "i": known}
+        self._memo[id(value)] = None
+        self._kept.append(value)
+        node = self._compound(value, kind, path, depth + 1)
+        self._memo[id(value)] = self._finished
+        self._finished += 1
+        return node
+
+    # ------------------------------------------------------------------------------------------------ small values
+
+    def _small(self, value: Any, kind: type) -> Node | None:
+        if kind is bytes or kind is bytearray:
+            return {"t": kind.__name__, "s": self._add(memoryview(bytes(value)))}
+        if kind is complex:
+            return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
+        if kind is torch.Size:
+            return {"t": "size", "v": list(value)}
+        if kind is torch.dtype:
+            return {"t": "dtype", "v": str(value).removeprefix("torch.")}
+        if kind is torch.device:
+            return {"t": "device", "v": str(value)}
+        if kind is range:
+            return {"t": "range", "v": [value.start, value.stop, value.step]}
+        if value is Ellipsis:
+            return {"t": "ellipsis"}
+        return None
+
+    # --------------------------------------------------------------------------------------------------- compounds
+
+    def _compound(self, value: Any, kind: type, path: str, depth: int) -> Node:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if kind in (list, tuple, set, frozenset):
+            return {"t": kind.__name__, "v": [self.node(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]}
+        if kind in (dict, OrderedDict, defaultdict):
+            name = "ordered" if kind is OrderedDict else "dict"
+            return {"t": name, "v": self._pairs(value, path, depth)}
+        if kind is slice:
+            return {"t": "slice", "v": [self.node(v, path, depth) for v in (value.start, value.stop, value.step)]}
+        if isinstance(value, enum.Enum):
+            return {"t": "enum", "c": _name(kind), "n": value.name, "v": self.node(value.value, path, depth)}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            fields = [[f, self.node(getattr(value, f), f"{path}.{f}", depth)] for f in value._fields]
+            return {"t": "namedtuple", "c": _name(kind), "v": fields}
+        module = kind.__module__.split(".")[0]
+        if module == "numpy":
+            return self._numpy(value, path)
+        if module in ("transformers", "nnsight"):
+            node = self._library(value, kind, path, depth)
+            if node is not None:
+                return node
+        if isinstance(value, torch.nn.Module):
+            raise UnsupportedValueError(path, kind.__name__, _HINTS["Module"])
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [f.name for f in dataclasses.fields(value)]
+            pairs = [[n, self.node(getattr(value, n), f"{path}.{n}", depth)] for n in names if hasattr(value, n)]
+            return {"t": "object", "c": _name(kind), "v": pairs}
+        if isinstance(value, dict | list | set | frozenset):
+            plain = _plain(value)
+            return self._compound(plain, type(plain), path, depth)
+        if self._is_plain_object(value, kind):
+            pairs = [[n, self.node(v, f"{path}.{n}", depth)] for n, v in vars(value).items()]
+            return {"t": "object", "c": _name(kind), "v": pairs}
+        hint = next((_HINTS[c.__name__] for c in kind.__mro__ if c.__name__ in _HINTS), None)
+        raise UnsupportedValueError(path, kind.__name__, hint or "Save its tensors, or plain values (.tolist()).")
+
+    def _pairs(self, value: Mapping[Any, Any], path: str, depth: int) -> list[Node]:
+        return [[self.node(k, f"{path} key", depth), self.node(v, f"{path}[{k!r}]", depth)] for k, v in value.items()]
+
+    def _is_plain_object(self, value: Any, kind: type) -> bool:
+        """The researcher's own class: instances with a dict, from no library whose objects may hold the outside world."""
+        module = kind.__module__.split(".")[0]
+        return (
+            hasattr(value, "__dict__")
+            and not callable(value)
+            and not isinstance(value, type | BaseException)
+            and module not in ("torch", "transformers", "nnsight", "tokenizers", "_io", "io", "threading", "builtins")
+        )
+
+    def _numpy(self, value: Any, path: str) -> Node:
+        import numpy as np
+
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in NUMPY_KINDS:
+            array = np.ascontiguousarray(value)
+            data = memoryview(array.reshape(-1).view(np.uint8)) if array.nbytes else memoryview(b"")
+            shape = list(value.shape)
+            name = "ndarray" if isinstance(value, np.ndarray) else "npscalar"
+            return {"t": name, "d": array.dtype.str, "shape": shape, "s": self._add(data.cast("B"))}
+        kind = getattr(getattr(value, "dtype", None), "kind", "?")
+        hint = "Save it as a tensor, or .tolist()." if kind != "V" else "Save its fields one by one."
+        raise UnsupportedValueError(path, f"numpy {type(value).__name__} of kind {kind!r}", hint)
+
+    def _library(self, value: Any, kind: type, path: str, depth: int) -> Node | None:
+        """The data classes of transformers and nnsight that researchers save in practice."""
+        name = kind.__name__
+        if name in ("BatchEncoding", "BatchFeature"):
+            return {"t": "batch_encoding", "v": self._pairs(value.data, path, depth)}
+        if kind.__module__ == MODEL_OUTPUTS or (hasattr(value, "to_tuple") and isinstance(value, dict)):
+            return {"t": "model_output", "c": _name(kind), "v": self._pairs(value, path, depth)}
+        if hasattr(value, "layers") and name.endswith("Cache"):
+            layers = [
+                [self.node(getattr(layer, "keys", None), f"{path}.layers[{i}].keys", depth),
+                 self.node(getattr(layer, "values", None), f"{path}.layers[{i}].values", depth)]
+                for i, layer in enumerate(value.layers)
+            ]  # fmt: skip
+            return {"t": "kv_cache", "c": name, "v": layers}
+        if name == "CacheView":
+            cache = object.__getattribute__(value, "_cache")
+            entries = [
+                [where, [[self.node(e.output, f"{path}[{where!r}].output", depth),
+                          self.node(e.inputs, f"{path}[{where!r}].inputs", depth)] for e in visits]]
+                for where, visits in cache.entries.items()
+            ]  # fmt: skip
+            return {"t": "activation_cache", "v": entries}
+        return None
+
+    # ------------------------------------------------------------------------------------------------------ tensors
+
+    def _tensor(self, value: torch.Tensor, path: str) -> Node:
+        kind = type(value)
+        if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise UnsupportedValueError(path, f"tensor subclass {kind.__name__}", "Save .detach().clone() of its data.")
+        tensor = value.detach()
+        extra: dict[str, Any] = {"g": True} if value.requires_grad else {}
+        if kind is torch.nn.Parameter:
+            extra["p"] = True
+        if value.is_quantized:
+            raise UnsupportedValueError(path, "quantized tensor", "Save .dequantize() of it.")
+        if value.layout is torch.sparse_coo:
+            parts = tensor.coalesce()
+            return self._sparse("coo", path, parts.indices(), parts.values(), parts.shape, extra)
+        if value.layout is torch.sparse_csr:
+            rows = tensor.crow_indices(), tensor.col_indices()
+            return self._sparse("csr", path, *rows, tensor.values(), tensor.shape, extra)
+        if value.layout is not torch.strided or value.is_nested:
+            raise UnsupportedValueError(path, f"{value.layout} tensor", "Save .to_dense() or its parts.")
+        if value.device.type == "meta" or type(value).__name__ == "FakeTensor":
+            raise UnsupportedValueError(path, "tensor without data (meta or fake)", "Save its .shape instead.")
+        if value.dtype not in NAMES:
+            raise UnsupportedValueError(path, f"tensor of {value.dtype}", "Save .float() or .to(torch.int8) of it.")
+        return {"t": "tensor", **self._dense(tensor), **extra}
+
+    def _sparse(self, form: str, path: str, *parts: Any) -> Node:
+        *tensors, shape, extra = parts
+        return {"t": form, "parts": [self._tensor(t, path) for t in tensors], "shape": list(shape), **extra}
+
+    def _dense(self, tensor: torch.Tensor) -> dict[str, Any]:
+        tensor = tensor.resolve_conj().resolve_neg()
+        size, name = tensor.element_size(), NAMES[tensor.dtype]
+        group = self._groups.get(_storage_key(tensor)) if tensor.numel() and tensor.device.type == "cpu" else None
+        if group is not None and (tensor.storage_offset() * size - group[0]) % size == 0:
+            low, high, _ = group
+            number, _ = self._shared.get(_storage_key(tensor), (-1, 0))
+            if number < 0:
+                number = self._add(_raw(tensor, low, high))
+                self._shared[_storage_key(tensor)] = (number, low)
+            offset = (tensor.storage_offset() * size - low) // size
+            return {"d": name, "shape": list(tensor.shape), "stride": list(tensor.stride()), "o": offset, "s": number}
+        dense = tensor.cpu().contiguous()
+        low = dense.storage_offset() * size
+        data = _raw(dense, low, low + dense.numel() * size) if dense.numel() else memoryview(b"")
+        return {"d": name, "shape": list(dense.shape), "stride": list(dense.stride()), "o": 0, "s": self._add(data)}
+
+    def _survey(self, values: Mapping[str, Any]) -> None:
+        """Find the storages that are cheaper to ship once, as the span their views cover, than view by view."""
+        spans: dict[int, list[tuple[int, int, int]]] = {}
+        seen: set[int] = set()
+        stack: list[Any] = list(values.values())
+        while stack:
+            value = stack.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, torch.Tensor):
+                if (
+                    value.layout is torch.strided
+                    and value.device.type == "cpu"
+                    and value.numel()
+                    and not value.is_nested
+                ):
+                    spans.setdefault(_storage_key(value), []).append(_span(value))
+            elif isinstance(value, Mapping):
+                stack.extend(value.values())
+            elif isinstance(value, list | tuple | set | frozenset):
+                stack.extend(value)
+        for key, views in spans.items():
+            low, high = min(v[0] for v in views), max(v[1] for v in views)
+            apart = sum(v[2] for v in views)
+            if high - low <= apart:
+                self._groups[key] = (low - low % 16, high, apart)
+
+    def _add(self, data: memoryview) -> int:
+        self.storages.append(data)
+        return len(self.storages) - 1
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """The first and the end byte of the storage that the view touches, and the bytes of a dense copy."""
+    size = tensor.element_size()
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * size
+    return start, start + (reach + 1) * size, tensor.numel() * size
+
+
+def _raw(tensor: torch.Tensor, low: int, high: int) -> memoryview:
+    """The bytes `low` to `high` of the tensor's storage, without a copy."""
+    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), low, (high - low,))
+    return memoryview(flat.numpy())
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_scalar_subclass(value: Any, kind: type) -> bool:
+    """A subclass of a plain scalar that adds nothing that can be kept; enums and numpy scalars have forms of their own."""
+    return (
+        kind not in (str, int, float, bytes, bool) and not isinstance(value, enum.Enum) and kind.__module__ != "numpy"
+    )
+
+
+def _plain(value: Any) -> Any:
+    for base in (dict, list, set, frozenset, str, int, float, bytes):
+        if isinstance(value, base):
+            return base(value)
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

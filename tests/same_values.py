@@ -12,11 +12,11 @@ def assert_same(got: Any, want: Any, where: str = "value") -> None:
     """Fail, naming the place, unless `got` is what `want` is in type and every bit."""
     assert type(got) is type(want), f"{where}: {type(got)} instead of {type(want)}"
     if isinstance(want, torch.Tensor):
-        assert got.dtype == want.dtype and got.shape == want.shape, where
+        assert (got.dtype, got.shape) == (want.dtype, want.shape), where
         assert got.requires_grad == want.requires_grad, where
         assert bits(got) == bits(want), where
     elif isinstance(want, np.ndarray | np.generic):
-        assert got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes(), where
+        assert (got.dtype, got.shape, got.tobytes()) == (want.dtype, want.shape, want.tobytes()), where
     elif isinstance(want, dict):
         assert len(got) == len(want), where
         for (got_key, got_value), (key, value) in zip(got.items(), want.items(), strict=True):

@@ -162,7 +162,7 @@ class Decoder:
             return tuple.__new__(cls, fields.values())
         key = (str(node["c"]).rpartition(".")[2], *fields)
         if key not in self._namedtuples:
-            self._namedtuples[key] = namedtuple(key[0], key[1:])  # type: ignore[misc]
+            self._namedtuples[key] = namedtuple(key[0], key[1:])
         return self._namedtuples[key](*fields.values())
 
     def _object(self, node: dict[str, Any], depth: int) -> Any:

@@ -265,10 +265,9 @@ def _is_scalar_subclass(value: Any, kind: type) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    for base in (dict, list, tuple, set, frozenset, str, int, float, bytes):
-        if isinstance(value, base):
-            return base(value)
-    return value
+    """The builtin value inside an instance of a subclass."""
+    base: Any = next(b for b in (dict, list, tuple, set, frozenset, str, int, float, bytes) if isinstance(value, b))
+    return base(value)
 
 
 def _encodable(text: str) -> bool:

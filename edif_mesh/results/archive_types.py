@@ -79,6 +79,8 @@ class Record:
     Pass `classes={"module.Name": TheClass}` to `read` to get the real thing.
     """
 
+    type_name: str
+
     def __init__(self, type_name: str, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
         self.__dict__["type_name"] = type_name

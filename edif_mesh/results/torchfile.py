@@ -55,7 +55,7 @@ def write_values(values: Mapping[str, Any], out: BinaryIO | Path, *, compress: b
         size = plain.tell()
         plain.seek(0)
         frames = zstandard.ZstdCompressor(level=1, write_content_size=True)
-        frames.copy_stream(plain, out, size=size, read_size=_COPY_BYTES, write_size=_COPY_BYTES)  # type: ignore[arg-type]
+        frames.copy_stream(plain, out, size=size, read_size=_COPY_BYTES, write_size=_COPY_BYTES)
     return out.tell() - begin
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from tests.same_values import assert_same
 
 from edif_mesh.errors import ArchiveError
 from edif_mesh.results.archive import plan
 from edif_mesh.results.torchfile import write_torch_save
+from tests.same_values import assert_same
 
-Pair = namedtuple("Pair", "left right")  # noqa: PYI024
+Pair = namedtuple("Pair", "left right")
 
 
 class Colour(Enum):
@@ -72,7 +72,8 @@ def test_shared_views_are_written_once_and_still_share() -> None:
 
 def test_classes_that_the_gateway_does_not_know_arrive_as_plain_objects() -> None:
     back = loaded({"mine": Mine(), "pairs": [Pair(1, 2), Pair(3, 4)], "colour": Colour.RED})
-    assert type(back["mine"]) is types.SimpleNamespace and back["mine"].score == 2
+    assert type(back["mine"]) is types.SimpleNamespace
+    assert back["mine"].score == 2
     assert back["mine"].type_name == f"{__name__}.Mine"
     assert [p.right for p in back["pairs"]] == [2, 4]
     assert back["colour"] == "red"

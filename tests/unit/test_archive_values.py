@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.same_values import assert_same
 
 from edif_mesh.errors import ArchiveError, UnsupportedValueError
 from edif_mesh.results.archive import StreamingReader, plan, read
 from edif_mesh.results.archive_types import DTYPES, Record
+from tests.same_values import assert_same
 
-Pair = namedtuple("Pair", "left right")  # noqa: PYI024
+Pair = namedtuple("Pair", "left right")
 
 
 class Colour(enum.Enum):
@@ -102,9 +102,12 @@ def test_gradient_flags_and_parameters_come_back_without_a_graph() -> None:
             {"p": weight, "frozen": torch.nn.Parameter(torch.ones(1), requires_grad=False), "y": weight * 2}
         ).to_bytes()
     )
-    assert type(back["p"]) is torch.nn.Parameter and back["p"].requires_grad
-    assert type(back["frozen"]) is torch.nn.Parameter and not back["frozen"].requires_grad
-    assert back["y"].requires_grad and back["y"].is_leaf
+    assert type(back["p"]) is torch.nn.Parameter
+    assert back["p"].requires_grad
+    assert type(back["frozen"]) is torch.nn.Parameter
+    assert not back["frozen"].requires_grad
+    assert back["y"].requires_grad
+    assert back["y"].is_leaf
     assert torch.equal(back["y"], weight * 2)
 
 
@@ -113,8 +116,10 @@ def test_sparse_tensors() -> None:
     twice = torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (2, 2))
     for value in (dense.to_sparse(), twice, dense.to_sparse_csr()):
         back = through(value)
-        assert back.layout is value.layout and torch.equal(back.to_dense(), value.to_dense())
-    assert through(dense.to_sparse()).is_coalesced() and not through(twice).is_coalesced()
+        assert back.layout is value.layout
+        assert torch.equal(back.to_dense(), value.to_dense())
+    assert through(dense.to_sparse()).is_coalesced()
+    assert not through(twice).is_coalesced()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,8 @@ def test_numpy(value: Any) -> None:
 def test_torch_return_types_stay_what_torch_gave() -> None:
     top = torch.randn(9).topk(3)
     back = through(top)
-    assert type(back) is type(top) and torch.equal(back.indices, top.indices)
+    assert type(back) is type(top)
+    assert torch.equal(back.indices, top.indices)
 
 
 def test_transformers_values() -> None:
@@ -144,26 +150,34 @@ def test_transformers_values() -> None:
     output = through(
         CausalLMOutputWithPast(logits=torch.ones(2), past_key_values=cache, hidden_states=(torch.zeros(1),))
     )
-    assert type(output) is CausalLMOutputWithPast and torch.equal(output.logits, torch.ones(2)) and output.loss is None
+    assert type(output) is CausalLMOutputWithPast
+    assert torch.equal(output.logits, torch.ones(2))
+    assert output.loss is None
     assert type(output.past_key_values) is DynamicCache
     assert torch.equal(output.past_key_values.layers[0].keys, cache.layers[0].keys)
     assert output.past_key_values.get_seq_length() == 3
     assert type(through(GenerateDecoderOnlyOutput(sequences=torch.ones(1)))) is GenerateDecoderOnlyOutput
     batch = through(BatchEncoding({"input_ids": torch.tensor([1])}))
-    assert type(batch) is BatchEncoding and batch["input_ids"].tolist() == [1]
+    assert type(batch) is BatchEncoding
+    assert batch["input_ids"].tolist() == [1]
 
 
 def test_a_class_of_the_users_own_is_a_record_until_the_reader_names_it() -> None:
     values = {"probe": Probe(torch.ones(2), 3), "pair": Pair(1, [2]), "colour": {Colour.RED: 1}, "plain": Plain()}
     data = plan(values).to_bytes()
     back = read(data)
-    assert isinstance(back["probe"], Record) and back["probe"].layer == 3
+    assert isinstance(back["probe"], Record)
+    assert back["probe"].layer == 3
     assert back["probe"].type_name == f"{__name__}.Probe"
-    assert back["pair"] == (1, [2]) and back["pair"].right == [2]
+    assert back["pair"] == (1, [2])
+    assert back["pair"].right == [2]
     assert next(iter(back["colour"])).value == "red"
     named = read(data, classes={f"{__name__}.{c.__name__}": c for c in (Probe, Pair, Colour, Plain)})
-    assert type(named["probe"]) is Probe and type(named["pair"]) is Pair and named["colour"] == {Colour.RED: 1}
-    assert type(named["plain"]) is Plain and named["plain"].score == 3.5
+    assert type(named["probe"]) is Probe
+    assert type(named["pair"]) is Pair
+    assert named["colour"] == {Colour.RED: 1}
+    assert type(named["plain"]) is Plain
+    assert named["plain"].score == 3.5
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ class Encoder:
                 "t": "kv_cache",
                 "v": [self._kv_layer(c, f"{path}.layers[{i}]", depth) for i, c in enumerate(value.layers)],
             }
-        if hasattr(value, "layers") and name.endswith("Cache"):
+        if name.endswith("Cache") and hasattr(value, "layers"):
             raise UnsupportedValueError(
                 path, name, "Save its layers' tensors: [(c.keys, c.values) for c in cache.layers]."
             )

@@ -12,6 +12,7 @@ import torch
 
 from edif_mesh.errors import ResultError
 from edif_mesh.results.archive_types import Record
+from edif_mesh.results.nnsight_types import ActivationCache
 
 MAX_LEAVES = 1_000_000
 MAX_EXPORT_BYTES = 1 << 40
@@ -60,7 +61,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:
     """The named parts of a container, else nothing."""
-    if isinstance(value, Mapping) or hasattr(value, "to_tuple"):
+    if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return list(zip(value._fields, value, strict=True))
@@ -68,6 +69,8 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
         return list(enumerate(value))
     if isinstance(value, Record):
         return [(key, part) for key, part in vars(value).items() if key != "type_name"]
+    if isinstance(value, ActivationCache):
+        return list(value.entries.items())
     if type(value).__name__ == "CacheView":
         return list(object.__getattribute__(value, "_cache").entries.items())
     if type(value).__name__ == "DynamicCache":

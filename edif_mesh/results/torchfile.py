@@ -100,7 +100,7 @@ class _ClientPickler(pickle.Pickler):
         rule = _RULES.get(type(value))
         if rule is not None:
             return rule(value)
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        if type(value) is torch.Tensor and value.layout is torch.strided:
             return self._tensor(value)
         return NotImplemented
 

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from edif_mesh.errors import NoReplyError, NotConnectedError, StoreFullError, TransportError
 from edif_mesh.transport.ports import Delivery, Handler, Incoming, Stored, Subscription
@@ -95,11 +96,12 @@ class MemoryBus:
                 answer.set_result(message.data)
 
         inbox = await self.subscribe(reply := self._broker.new_inbox(), answered)
-        lost = asyncio.ensure_future(self._lost.wait())
+        lost: asyncio.Future[object] = asyncio.ensure_future(self._lost.wait())
         try:
             if self._deliver(subject, data, reply) == 0:
                 raise NoReplyError(f"Nobody listens on {subject}.")
-            await asyncio.wait({answer, lost}, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {answer, lost}
+            await asyncio.wait(waiting, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
             if lost.done():

@@ -79,7 +79,8 @@ class OrderedReader:
         await self.close()
         self._round += 1
         self._delivered = 0
-        self._queue = queue = asyncio.Queue()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._queue = queue
         inbox = self._link.new_inbox()
 
         async def received(message: Msg) -> None:

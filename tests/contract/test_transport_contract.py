@@ -201,7 +201,8 @@ async def test_an_empty_message_is_a_message(pair: Pair) -> None:
     subject = subjects.payload_chunk(JOB, 0)
     await pair.streams.append(subject, b"", message_id="1")
     stored = await pair.streams.get(subjects.PAYLOADS_STREAM, subject)
-    assert stored is not None and stored.data == b""
+    assert stored is not None
+    assert stored.data == b""
     assert [s.data for s in await read(pair.streams, subjects.PAYLOADS_STREAM, subject, 1)] == [b""]
 
 
@@ -297,9 +298,13 @@ async def test_what_was_not_done_comes_to_the_next_consumer_and_what_was_done_do
 async def test_a_full_stream_refuses_in_a_sentence_and_keeps_what_it_has(pair: Pair) -> None:
     await pair.streams.ensure(subjects.STREAMS, max_bytes={**MAX_BYTES, subjects.PAYLOADS_STREAM: 300_000})
     data = b"x" * 100_000
-    with pytest.raises(StoreFullError, match="store is full"):
+
+    async def fill() -> None:
         for number in range(4):
             await pair.streams.append(subjects.payload_chunk(JOB, number), data, message_id=str(number))
+
+    with pytest.raises(StoreFullError, match="store is full"):
+        await fill()
     kept = await pair.streams.subjects(subjects.PAYLOADS_STREAM, subjects.payload_chunks(JOB))
     assert 2 <= len(kept) <= 3
     await pair.streams.ensure(subjects.STREAMS, max_bytes=MAX_BYTES)

@@ -95,6 +95,8 @@ def decide(event: ev.Event, state: State, now: Now) -> Decision:
     match event:
         case ev.GrantReceived() | ev.BadOrderReceived():
             return _grant(event, state, now)
+        case ev.Distrusted(failure, detail):
+            return Decision((Audited(f"refused: {failure.code}", f"{failure.text} {detail}"),), refusal=failure)
         case ev.StopReceived(stop):
             return _stop(stop, state, now)
         case ev.LeaseAnswered(renewal, sent_monotonic_ms):

@@ -42,6 +42,14 @@ class BadOrderReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class Distrusted:
+    """Bytes arrived that this site does not believe; nothing changes, the audit log keeps it."""
+
+    failure: Failure
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopReceived:
     """The coordinator ends an attempt."""
 
@@ -173,6 +181,7 @@ class Ticked:
 Event = (
     GrantReceived
     | BadOrderReceived
+    | Distrusted
     | StopReceived
     | LeaseAnswered
     | AttemptStarted

@@ -117,7 +117,12 @@ class SiteConfig:
     """For runners, beyond the weights; 0 means 80 % of what is free at start."""
     hf_cache: Path | None = None
     """The Hugging Face cache; None means where HF_HUB_CACHE or HF_HOME point."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(
+        default_factory=lambda: Limits(
+            wall_ms=3_600_000, memory_bytes=64 << 30, result_bytes=64 << 30, log_bytes=16 << 20
+        )
+    )
+    """The most that an order may ask for here."""
     advert_ms: int = 5_000
     log_level: str = "INFO"
 

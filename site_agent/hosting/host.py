@@ -1,0 +1,172 @@
+"""The host: one process a loaded model. Loads the weights, warms up, forks confined children ahead; reads no job byte.
+
+Started by the agent as `python -m site_agent.hosting.host FD`, where FD is a SOCK_SEQPACKET control socket. It stays
+single-threaded until a fork, holds no secret, and dies with the agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from edif_mesh.errors import SandboxError
+from site_agent.hosting.spec import HostFacts, ModelSpec
+from site_agent.runner.child import execute, serve
+from site_agent.runner.confine import die_with_parent, find_profile, harden_parent, settings_for
+
+MAX_CONTROL_BYTES = 64 << 10
+
+
+def main() -> None:
+    """Load, then serve forks until the control socket closes."""
+    die_with_parent()
+    control = socket.socket(fileno=int(sys.argv[1]))
+    order = json.loads(control.recv(MAX_CONTROL_BYTES))
+    spec = ModelSpec(**order["spec"])
+    try:
+        settings = settings_for(find_profile(), tuple(order["readable"]))
+        model, facts = load(spec, control)
+        payload = _warm_up(model)
+    except Exception as error:
+        _say(control, {"error": _sentence(spec, error)})
+        return
+    harden_parent()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    _say(control, {"facts": asdict(facts)})
+    _serve_forks(control, model, payload, settings)
+
+
+def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
+    """Load the model of `spec` through nnsight; progress goes to `control`."""
+    _say(control, {"progress": "importing torch and nnsight"})
+    import torch
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # its monitor is a thread, and a host has only one
+    import nnsight
+    from nnsight.modeling.transformers import TransformersModel
+
+    _say(control, {"progress": "loading weights"})
+    began = time.monotonic()
+    options: dict[str, Any] = {"task": spec.task, "dispatch": True}
+    if spec.path is None and spec.revision is not None:
+        options["revision"] = spec.revision
+    if spec.dtype != "auto":
+        options["dtype"] = getattr(torch, spec.dtype)
+    model = TransformersModel(spec.path or spec.repo_id, **options)
+    model._module.eval()
+    parameters = list(model._module.parameters())
+    facts = HostFacts(
+        repo_id=spec.repo_id,
+        revision=spec.resolved_revision,
+        task=spec.task,
+        dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",
+        weights_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        load_ms=int((time.monotonic() - began) * 1000),
+        attn_implementation=str(getattr(model._module.config, "_attn_implementation", "") or ""),
+        nnsight=nnsight.__version__ if hasattr(nnsight, "__version__") else version("nnsight"),
+        pid=os.getpid(),
+    )
+    _say(control, {"progress": "warming up"})
+    return model, facts
+
+
+class _Capture:
+    """An nnsight backend that keeps the serialized trace instead of running it."""
+
+    payload: bytes = b""
+
+    def __call__(self, tracer: Any) -> None:
+        from nnsight.schema.request import RequestModel
+
+        self.payload = RequestModel.serialize(tracer, False)
+
+
+def _warm_up(model: Any) -> bytes | None:
+    """Run a small trace of our own through the whole path; returns it, or None for models that take no token ids."""
+    import torch
+
+    capture = _Capture()
+    prompt = "Warm up." if model.tokenizer is not None else torch.tensor([[1, 2, 3]])
+    try:
+        with model.trace(prompt, backend=capture):
+            warm = model.output.save()
+            print("", end="")
+        execute(capture.payload, model)
+    except Exception as error:
+        print(f"warm-up skipped: {error!r}", file=sys.stderr, flush=True)
+        return None
+    return capture.payload
+
+
+def _serve_forks(control: socket.socket, model: Any, payload: bytes | None, settings: Any) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    os.set_blocking(reader, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watched: list[Any] = [control, reader]
+    while True:
+        ready, _, _ = select.select(watched, [], [])
+        if reader in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(reader, 4096)
+            _reap(control)
+        if control in ready:
+            data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+            if not data:
+                return
+            for descriptor in descriptors:
+                _fork(control, descriptor, model, payload, settings)
+
+
+def _fork(control: socket.socket, descriptor: int, model: Any, payload: bytes | None, settings: Any) -> None:
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        serve(socket.socket(fileno=descriptor), model, payload, settings)
+    os.close(descriptor)
+    _say(control, {"forked": pid})
+
+
+def _reap(control: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        _say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
+
+
+def _say(control: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        control.sendall(json.dumps(message).encode())
+    except OSError:
+        os._exit(0)
+
+
+def _sentence(spec: ModelSpec, error: Exception) -> str:
+    if isinstance(error, SandboxError):
+        return str(error)
+    text = str(error).strip().split("\n")[0][:500]
+    return f"The model {spec.repo_id} could not be loaded: {type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The agent's side of a model host: starts it, keeps ready runners, lends them, notices its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edif_mesh.errors import ModelLoadError, RunnerError
+from site_agent.hosting.spec import HostFacts, ModelSpec
+from site_agent.runner.supervisor import Runner
+
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
+_SOCKET_BUFFER = 4 << 20
+_SETUP_FAILURES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """How a host is run."""
+
+    ready_children: int = 2
+    hf_cache: Path | None = None
+    offline: bool = True
+    load_timeout_s: float = 1800.0
+    log_file: Path | None = None
+
+
+class ModelHost:
+    """One loaded model and the ready runners forked from it. Made by `start`; ends with `close` or with `closed`."""
+
+    def __init__(self, spec: ModelSpec, settings: HostSettings) -> None:
+        self.spec, self._settings = spec, settings
+        self.facts: HostFacts
+        self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._process: asyncio.subprocess.Process
+        self._control: socket.socket
+        self._unborn: deque[socket.socket] = deque()
+        self._runners: dict[int, Runner] = {}
+        self._ready: asyncio.Queue[Runner] = asyncio.Queue()
+        self._waiting = 0
+        self._failures = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def start(
+        cls, spec: ModelSpec, settings: HostSettings, on_progress: Callable[[str], None] = lambda text: None
+    ) -> ModelHost:
+        """Start the process and load; raises ModelLoadError with the host's own sentence."""
+        host = cls(spec, settings)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        host._control = ours
+        ours.setblocking(False)
+        log = open(settings.log_file, "ab") if settings.log_file else None  # noqa: SIM115
+        try:
+            host._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "site_agent.hosting.host", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log or asyncio.subprocess.DEVNULL,
+                stderr=log or asyncio.subprocess.DEVNULL,
+                env=_environment(settings),
+                start_new_session=True,
+            )
+        finally:
+            theirs.close()
+            if log:
+                log.close()
+        readable = [str(p) for p in (settings.hf_cache, spec.path) if p]
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(ours, json.dumps({"spec": asdict(spec), "readable": readable}).encode())
+        try:
+            await asyncio.wait_for(host._loaded(on_progress), settings.load_timeout_s)
+        except BaseException as error:
+            await host.close()
+            if isinstance(error, TimeoutError):
+                raise ModelLoadError(
+                    f"The model {spec.repo_id} was not loaded within {settings.load_timeout_s:.0f} s."
+                ) from error
+            raise
+        host._spawn(host._listen())
+        for _ in range(settings.ready_children):
+            host._fork()
+        return host
+
+    @property
+    def ready(self) -> int:
+        """How many runners wait for a job."""
+        return self._ready.qsize()
+
+    async def lend(self) -> Runner:
+        """Return a ready runner, and have the next one forked. Raises RunnerError when the host is gone."""
+        if self.closed.done():
+            raise RunnerError(self.closed.result())
+        self._waiting += 1
+        if self._ready.empty() and len(self._unborn) + self._warming < self._waiting:
+            self._fork()
+        getting = asyncio.ensure_future(self._ready.get())
+        either: set[asyncio.Future[Any]] = {getting, self.closed}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._waiting -= 1
+            if not getting.done():
+                getting.cancel()
+        if not getting.done() or getting.cancelled():
+            raise RunnerError(self.closed.result())
+        return getting.result()
+
+    def replenish(self) -> None:
+        """Fork until the wanted number of runners is ready or on its way; called when a job has ended."""
+        missing = self._settings.ready_children - self._ready.qsize() - len(self._unborn) - self._warming
+        for _ in range(max(0, missing)):
+            self._fork()
+
+    async def close(self) -> None:
+        """End the host and all its runners."""
+        for runner in list(self._runners.values()):
+            runner.discard()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        self._end(f"The host of {self.spec.repo_id} was closed.")
+        for task in list(self._tasks):
+            task.cancel()
+        self._control.close()
+
+    # --------------------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _warming(self) -> int:
+        return sum(1 for task in self._tasks if task.get_name() == "warming")
+
+    async def _loaded(self, on_progress: Callable[[str], None]) -> None:
+        while True:
+            message = await self._message()
+            if message is None:
+                raise ModelLoadError(
+                    f"The host of {self.spec.repo_id} died while loading (exit {await self._process.wait()}); "
+                    "its log says more. Not enough memory is the usual reason."
+                )
+            if "progress" in message:
+                on_progress(str(message["progress"]))
+            elif "error" in message:
+                raise ModelLoadError(str(message["error"]))
+            elif "facts" in message:
+                self.facts = HostFacts(**message["facts"])
+                return
+
+    async def _message(self) -> dict[str, Any] | None:
+        data = await asyncio.get_running_loop().sock_recv(self._control, 64 << 10)
+        return json.loads(data) if data else None
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while (message := await self._message()) is not None:
+                if "forked" in message:
+                    self._born(int(str(message["forked"])))
+                elif "exited" in message:
+                    runner = self._runners.pop(int(str(message["exited"])), None)
+                    if runner is not None and not runner.exited.done():
+                        runner.exited.set_result(int(str(message["status"])))
+        self._end(f"The host process of {self.spec.repo_id} died.")
+
+    def _fork(self) -> None:
+        if self.closed.done():
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        ours.setblocking(False)
+        try:
+            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+            self._unborn.append(ours)
+        except OSError:
+            ours.close()
+        finally:
+            theirs.close()
+
+    def _born(self, pid: int) -> None:
+        sock = self._unborn.popleft()
+        try:
+            runner = Runner(sock, pid, device="cpu")
+        except OSError:
+            sock.close()
+            return
+        self._runners[pid] = runner
+        self._spawn(self._await_ready(runner), name="warming")
+
+    async def _await_ready(self, runner: Runner) -> None:
+        try:
+            await runner.ready()
+        except RunnerError as error:
+            runner.discard()
+            self._failures += 1
+            if self._failures >= _SETUP_FAILURES:
+                self._end(f"Runners of {self.spec.repo_id} cannot be set up: {error}")
+                return
+            self._fork()
+            return
+        self._failures = 0
+        self._ready.put_nowait(runner)
+
+    def _end(self, why: str) -> None:
+        if not self.closed.done():
+            self.closed.set_result(why)
+
+    def _spawn(self, work: object, name: str = "host") -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _environment(settings: HostSettings) -> dict[str, str]:
+    """A host gets no secret: what it holds, every child holds."""
+    kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    cache = {"HF_HUB_CACHE": str(settings.hf_cache)} if settings.hf_cache else {}
+    return {
+        **kept,
+        **cache,
+        "HF_HUB_OFFLINE": "1" if settings.offline else "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }

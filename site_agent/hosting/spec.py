@@ -1,0 +1,32 @@
+"""What a host is asked to load, and what it says of the loaded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model: by hub id from the site's Hugging Face cache, or from the local folder `path`."""
+
+    repo_id: str
+    revision: str | None = None
+    resolved_revision: str = ""
+    path: str | None = None
+    task: str = "text-generation"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a host has loaded."""
+
+    repo_id: str
+    revision: str
+    task: str
+    dtype: str
+    weights_bytes: int
+    load_ms: int
+    attn_implementation: str
+    nnsight: str
+    pid: int

@@ -1,0 +1,298 @@
+"""The runner: a forked, confined child of a model host that opens one payload, runs it, sends the result, and dies.
+
+This is the one file of the mesh that opens pickle-shaped bytes of a job. Everything here runs as hostile code after
+`_deserialize`: the boundary is `confine.py`, never this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import linecache
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+from edif_mesh.errors import SandboxError, UnsupportedValueError
+from edif_mesh.results.archive import plan
+from site_agent.runner.confine import SandboxSettings, confine
+from site_agent.runner.protocol import HEAD, MAX_JOB_HEAD_BYTES, SIZE, JobHead, Kind, pack, pack_json
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_MEMORY_SLACK_BYTES = 256 << 20
+_PROMPT_FRAMES = 500
+_BATCH_CHARACTERS = 16_384
+_MAX_LOG_FRAME = 60_000
+_MAX_TEXT = 100_000
+
+
+def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings: SandboxSettings) -> None:
+    """Confine this process, warm it up, wait for one job on `sock`, run it. Never returns."""
+    status = 1
+    try:
+        address_space = _address_space_bytes()
+        gc.enable()
+        confine(settings, sock.fileno())
+        if os.getppid() == 1:
+            os._exit(1)
+        if warm_payload is not None:
+            with contextlib.suppress(Exception):
+                plan(execute(warm_payload, model)).to_bytes()
+        _forget_warm_up()
+        sock.sendall(pack(Kind.READY))
+        _serve_one(sock, model, address_space)
+        status = 0
+    except SandboxError as error:
+        with contextlib.suppress(OSError):
+            sock.sendall(pack_json(Kind.FAILED, {"code": "sandbox", "text": str(error)}))
+    except BaseException:
+        status = 2
+    finally:
+        os._exit(status)
+
+
+def _serve_one(sock: socket.socket, model: Any, address_space: int) -> None:
+    head_bytes = _receive(sock, HEAD.size)
+    kind, length = HEAD.unpack(head_bytes)
+    if kind != Kind.JOB or length > MAX_JOB_HEAD_BYTES:
+        return
+    head = JobHead(**json.loads(_receive(sock, length)))
+    payload = _receive(sock, head.payload_bytes)
+    began = time.process_time()
+    _set_limits(head, address_space)
+    output = LogWriter(sock, head.log_bytes)
+    sys.stdout = sys.stderr = output
+    sock.sendall(pack(Kind.STARTED))
+    try:
+        failure = _run(sock, model, head, bytes(payload), output)
+    except MemoryError:
+        failure = ("out_of_memory", _memory_sentence(head))
+    output.close_quietly()
+    if failure is not None:
+        code, text = failure
+        text = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT // 2] + "\n[...]\n" + text[-_MAX_TEXT // 2 :]
+        sock.sendall(pack_json(Kind.FAILED, {"code": code, "text": text}))
+    else:
+        sock.sendall(pack_json(Kind.DONE, {"cpu_ms": int((time.process_time() - began) * 1000)}))
+
+
+def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter) -> tuple[str, str] | None:
+    """Run the job; returns None after the result was sent, else the failure's code and text."""
+    import torch
+
+    torch.set_num_threads(head.threads)
+    try:
+        payload = _decompress(payload, head.max_payload_bytes) if head.compressed else payload
+    except _TooLargeError as error:
+        return "payload_too_large", str(error)
+    except Exception as error:
+        return "bad_payload", f"The payload is not one zstd frame: {error}"
+    if head.env:
+        try:
+            model._remoteable_set_env(dict(head.env))
+        except BaseException as error:
+            return "env", f"The request's environment {head.env} cannot be applied at this site: {error}"
+    try:
+        tracer = _deserialize(payload, model)
+    except MemoryError:
+        raise
+    except BaseException as error:
+        return "bad_payload", _payload_sentence(error)
+    try:
+        values = _execute(tracer)
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if _is_allocation_failure(error):
+            return "out_of_memory", _memory_sentence(head)
+        return "user_error", _user_traceback(error, tracer)
+    output.flush()
+    return _send_result(sock, values, head)
+
+
+def _send_result(sock: socket.socket, values: dict[str, Any], head: JobHead) -> tuple[str, str] | None:
+    try:
+        archive = plan(values)
+    except MemoryError:
+        raise
+    except UnsupportedValueError as error:
+        return error.code, str(error)
+    except Exception as error:
+        return "unsupported_value", f"The saved values cannot be sent: {error}"
+    if archive.total_bytes > head.result_bytes:
+        return (
+            "result_too_large",
+            f"The saved values take {archive.total_bytes / 1e6:,.1f} MB; this job may return {head.result_bytes / 1e6:,.1f} MB. "
+            "Save less (a slice, a mean, one layer), or order a higher limit.",
+        )
+    sock.sendall(pack(Kind.RESULT, SIZE.pack(archive.total_bytes)))
+    for data in archive.buffers():
+        sock.sendall(data)
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------- nnsight
+
+
+def execute(payload: bytes, model: Any) -> dict[str, Any]:
+    """Open an uncompressed payload against `model`, run it, and return the saved values by name."""
+    return _execute(_deserialize(payload, model))
+
+
+def _deserialize(payload: bytes, model: Any) -> Any:
+    from nnsight.schema.request import RequestModel
+
+    return RequestModel.deserialize(payload, model._remoteable_persistent_objects(), False)
+
+
+def _execute(tracer: Any) -> dict[str, Any]:
+    from nnsight.tracing.tracer import _saves, dec, inc
+
+    inc()
+    try:
+        tracer.execute(tracer.info.code)
+        saved = _saves()
+        return {name: value for name, value in tracer.info.frame.f_locals.items() if id(value) in saved}
+    finally:
+        dec()
+
+
+def _forget_warm_up() -> None:
+    """nnsight memoizes sources and blocks per process: user code must not meet those of the warm-up."""
+    from nnsight.tracing.globals import BLOCKS, SOURCES
+
+    BLOCKS.clear()
+    SOURCES.clear()
+    linecache.clearcache()
+
+
+def _user_traceback(error: BaseException, tracer: Any) -> str:
+    """Format the error as nnsight shows it locally: the researcher's own files and lines, none of ours."""
+    from nnsight.tracing.util import clean_traceback, filter_traceback
+
+    find = getattr(tracer, "traceback", None)
+    found = find(error) if find is not None else clean_traceback(error.__traceback__)
+    found = filter_traceback(found, lambda frame: not frame.f_code.co_filename.startswith(_PACKAGE))
+    error.__context__ = None
+    return "".join(traceback.format_exception(type(error), error, found)).rstrip()
+
+
+def _payload_sentence(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"Your code needs the module {error.name!r}, which this site does not have. Define what you use in your own "
+            "script or in a local module, which is sent along, or ask the site to install it."
+        )
+    return f"The payload is not a trace that nnsight can rebuild here: {type(error).__name__}: {error}"
+
+
+# ------------------------------------------------------------------------------------------------------------ limits
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _decompress(data: bytes, most: int) -> bytes:
+    """Decompress one zstd frame, counting ourselves: a frame's declared size is the sender's word."""
+    import zstandard
+
+    result = io.BytesIO()
+    reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(data))
+    while piece := reader.read(1 << 20):
+        if result.tell() + len(piece) > most:
+            raise _TooLargeError(
+                f"The payload is over {most / 1e6:,.1f} MB when decompressed, which is the limit here."
+            )
+        result.write(piece)
+    return result.getvalue()
+
+
+def _set_limits(head: JobHead, address_space: int) -> None:
+    most = address_space + head.memory_bytes + _MEMORY_SLACK_BYTES
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    used = int(time.process_time())
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CPU, (used + head.cpu_s, used + head.cpu_s + 5))
+
+
+def _address_space_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _is_allocation_failure(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _memory_sentence(head: JobHead) -> str:
+    return (
+        f"The job needed more memory than its limit of {head.memory_bytes / 1e9:,.2f} GB (beyond the model's weights). "
+        "Save or keep less at once, or order a higher limit."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+class LogWriter(io.TextIOBase):
+    """What `print` writes to: whole lines as LOG frames, prompt at first, in batches when there are many, then cut."""
+
+    def __init__(self, sock: socket.socket, limit_bytes: int) -> None:
+        self._sock, self._left = sock, limit_bytes
+        self._pending: list[str] = []
+        self._size = 0
+        self._frames = 0
+
+    def writable(self) -> bool:
+        """It can be written to."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Take text; send it when a line is complete."""
+        if self._left <= 0:
+            return len(text)
+        self._pending.append(text)
+        self._size += len(text)
+        if self._size >= _BATCH_CHARACTERS or (self._frames < _PROMPT_FRAMES and "\n" in text):
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what is pending."""
+        data = "".join(self._pending).encode("utf-8", "replace")
+        self._pending, self._size = [], 0
+        if not data or self._left <= 0:
+            return
+        if len(data) > self._left:
+            data = data[: self._left] + b"\n[the output limit of this job is reached; the rest is not shown]\n"
+            self._left = 0
+        else:
+            self._left -= len(data)
+        for start in range(0, len(data), _MAX_LOG_FRAME):
+            self._sock.sendall(pack(Kind.LOG, data[start : start + _MAX_LOG_FRAME]))
+            self._frames += 1
+
+    def close_quietly(self) -> None:
+        """Send the rest; a broken socket is the supervisor's to notice."""
+        with contextlib.suppress(OSError):
+            self.flush()
+
+
+def _receive(sock: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view, got = memoryview(data), 0
+    while got < size:
+        count = sock.recv_into(view[got:])
+        if count == 0:
+            os._exit(0)
+        got += count
+    return data

@@ -1,0 +1,52 @@
+"""What a runner's supervisor tells the agent about one attempt, in order; exactly one terminal event ends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edif_mesh.domain.attempt import Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerStarted:
+    """The payload has arrived in the sandbox."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerLog:
+    """Text that the traced code printed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResultOpened:
+    """The block has ended; an archive of `total_bytes` follows."""
+
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResultChunk:
+    """The next bytes of the archive; all chunks but the last have the size that was asked for."""
+
+    data: bytearray
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSucceeded:
+    """Terminal: the archive is complete."""
+
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerFailed:
+    """Terminal: no result; `code` says whose fault it is (see `admission.blame_of`), `text` is for the researcher."""
+
+    code: str
+    text: str
+    receipt: Receipt
+
+
+RunnerEvent = RunnerStarted | RunnerLog | ResultOpened | ResultChunk | RunnerSucceeded | RunnerFailed

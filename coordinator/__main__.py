@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import signal
-import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,9 @@ from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire.messages import Role
 
 log = logging.getLogger("coordinator")
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator of an eDIF Mesh.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The coordinator of an eDIF Mesh."
+)
 ConfigFile = Annotated[Path, typer.Option("--config", help="The coordinator's settings (TOML).")]
 
 
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
@@ -142,12 +141,6 @@ async def _frame(reader: MeshReader) -> dict[str, object]:
         "mesh": _MESH.dump_python(reader.mesh(), mode="json"),
         "queue": dict(sorted(reader.queue().items(), key=lambda item: -item[1])[:PAGE_ROWS]),
         "jobs": _JOBS.dump_python([replace(job, manifest=None, why=()) for job in recent], mode="json"),
-        "events": [_event(event) for event in events],
+        "events": _EVENTS.dump_python(list(events), mode="json"),
         "reasons": list(health.reasons),
     }
-
-
-def _event(event: Event) -> dict[str, object]:
-    value: dict[str, object] = json.loads(_EVENTS.dump_json([event]))[0]
-    value["record"] = event.record[:2_000]
-    return value

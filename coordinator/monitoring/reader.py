@@ -17,12 +17,12 @@ class Event:
 
     number: int
     at_ms: int
-    kind: str
+    what: str
     job: str | None
+    attempt: int | None
     site: str | None
     epoch: int
-    record: str
-    """The change as JSON text."""
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,11 @@ import base64
 import logging
 import time
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, TypeVar
 
-from edif_mesh.domain.attempt import AttemptStatus, Blame
 from edif_mesh.domain.ids import JobId, is_job_id
 from edif_mesh.domain.job import Failure
-from edif_mesh.errors import ConfigError, EdifError, ManifestError, TrustError, UnknownKeyError, WireError
+from edif_mesh.errors import ConfigError, EdifError, TrustError, UnknownKeyError, WireError
 from edif_mesh.identity.trust import TrustStore
 from edif_mesh.wire.codec import load_json
 from edif_mesh.wire.envelope import Opened, open_envelope
@@ -60,30 +58,20 @@ class Opener:
             raise WireError(f"This is no question to a coordinator: its type is {str(kind)[:60]!r}.")
         return self.open(raw, expected, now_ms, fresh=True)
 
-    def open_report(self, raw: bytes, now_ms: int) -> Opened[Report]:
-        """Return the verified report; one with a bad manifest becomes the site's failure, for it must not commit."""
+    def open_report(self, raw: bytes, now_ms: int) -> tuple[Opened[Report], Manifest | None]:
+        """Return the verified report and its manifest, None when it has none that this site signed (it then fails)."""
         opened = self.open(raw, Report, now_ms)
         report = opened.message
         if opened.identity.name != report.site:
             raise TrustError(f"{opened.identity.name} may not report for {report.site}.")
-        if report.status is not AttemptStatus.SUCCEEDED:
-            return opened
-        try:
-            self._check_manifest(report, now_ms)
-        except EdifError as error:
-            failure = Failure("manifest", f"{report.site} reported a result whose manifest is not its own: {error}")
-            failed = replace(report, status=AttemptStatus.FAILED, manifest=None, failure=failure, blame=Blame.SITE)
-            return replace(opened, message=failed)
-        return opened
-
-    def _check_manifest(self, report: Report, now_ms: int) -> None:
         if report.manifest is None:
-            raise ManifestError("there is none.")
-        opened = self.open(report.manifest, Manifest, now_ms)
-        manifest = opened.message
-        named = (manifest.order_digest, manifest.job, manifest.attempt, manifest.site, opened.identity.name)
-        if named != (report.order_digest, report.job, report.attempt, report.site, report.site):
-            raise ManifestError("it names another order, job, attempt or site.")
+            return opened, None
+        try:
+            signed = self.open(report.manifest, Manifest, now_ms)
+        except EdifError as error:
+            log.warning("manifest refused", extra={"job": report.job, "site": report.site, "reason": str(error)})
+            return opened, None
+        return opened, signed.message if signed.identity.name == report.site else None
 
     def _refresh(self, after_s: float) -> bool:
         """Follow the file; return whether it was looked at."""
@@ -114,4 +102,3 @@ def claimed_job(raw: bytes) -> JobId | None:
 def failure_of(error: EdifError) -> Failure:
     """Return the error as it crosses to another process."""
     return Failure(error.code, str(error)[:1_000])
-

@@ -24,14 +24,15 @@ class StoredJob:
 
 @dataclass(frozen=True, slots=True)
 class StoredAttempt:
-    """An attempt to insert or replace."""
+    """An attempt to insert or replace; `active` means that it may still run, or has still to be stopped."""
 
     job: JobId
     attempt: AttemptNumber
     site: SiteId
     status: str
+    active: bool
     granted_at_ms: int
-    ended_at_ms: int | None
+    record: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,13 @@ class StoredSite:
 
 @dataclass(frozen=True, slots=True)
 class AuditLine:
-    """One recorded change; `record` is the change as JSON. `number` is set by the database."""
+    """One line of the audit log; `number` and `epoch` are set when it is written."""
 
     at_ms: int
-    kind: str
-    record: str
+    what: str
+    text: str = ""
     job: JobId | None = None
+    attempt: AttemptNumber | None = None
     site: SiteId | None = None
     epoch: Epoch = Epoch(0)
     number: int = 0

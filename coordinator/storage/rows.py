@@ -51,16 +51,17 @@ class JobRow(SQLModel, table=True):
 
 
 class AttemptRow(SQLModel, table=True):
-    """One attempt as it is now; also inside its job's record, kept apart for queries about sites."""
+    """One attempt as it is now. `active` means that it may still run, or has still to be stopped."""
 
     __tablename__ = "edif_attempt"
-    __table_args__ = (Index("edif_attempt_site", "site"),)
+    __table_args__ = (Index("edif_attempt_site", "site"), Index("edif_attempt_active", "active"))
     job: str = Field(primary_key=True)
     attempt: int = Field(primary_key=True)
     site: str
     status: str
+    active: bool
     granted_at_ms: int = Field(sa_column=Column(BigInteger, nullable=False))
-    ended_at_ms: int | None = Field(default=None, sa_column=Column(BigInteger, nullable=True))
+    record: str = Field(sa_column=Column(Text, nullable=False))
 
 
 class OrderRow(SQLModel, table=True):
@@ -91,7 +92,8 @@ class AuditRow(SQLModel, table=True):
     )
     at_ms: int = Field(sa_column=Column(BigInteger, nullable=False))
     epoch: int = Field(sa_column=Column(BigInteger, nullable=False))
-    kind: str
+    what: str
     job: str | None = None
+    attempt: int | None = None
     site: str | None = None
-    record: str = Field(sa_column=Column(Text, nullable=False))
+    text: str = Field(sa_column=Column(Text, nullable=False))

@@ -15,7 +15,7 @@ from sqlmodel import SQLModel
 from coordinator.storage.engine import open_engine, transaction
 from coordinator.storage.errors import LostLeadershipError, StaleRecordError
 from coordinator.storage.migrations import migrate
-from coordinator.storage.recording import AuditLine, Recording, StoredJob, StoredOrder, StoredSite
+from coordinator.storage.recording import AuditLine, Recording, StoredAttempt, StoredJob, StoredOrder, StoredSite
 from coordinator.storage.rows import AttemptRow, AuditRow, JobRow, OrderRow, SiteRow, TermRow
 from edif_mesh.domain.ids import Digest, Epoch, JobId, KeyId, SiteId
 
@@ -148,13 +148,26 @@ class Store:
         query = select(table.c.status, func.count()).group_by(table.c.status)
         return {str(status): int(count) for status, count in self._rows(query)}
 
+    def attempts(self, jobs: Sequence[JobId]) -> list[StoredAttempt]:
+        """Return all attempts of `jobs`."""
+        table = _table(AttemptRow)
+        return [_attempt(row) for row in self._of_jobs(table, jobs)]
+
+    def jobs_with_active_attempts(self) -> list[StoredJob]:
+        """Return the ended jobs of which an attempt may still run: it has to be stopped."""
+        jobs, attempts = _table(JobRow), _table(AttemptRow)
+        active = select(attempts.c.job).where(attempts.c.active.is_(True))
+        query = select(jobs).where(jobs.c.terminal.is_(True), jobs.c.job.in_(active))
+        return [_job(row) for row in self._rows(query)]
+
     def orders(self, jobs: Sequence[JobId]) -> dict[JobId, StoredOrder]:
         """Return the orders of `jobs` that are recorded."""
-        table, found = _table(OrderRow), {}
+        rows = self._of_jobs(_table(OrderRow), jobs)
+        return {JobId(row.job): StoredOrder(JobId(row.job), Digest(row.digest), row.envelope) for row in rows}
+
+    def _of_jobs(self, table: Table, jobs: Sequence[JobId]) -> Iterator[Any]:
         for first in range(0, len(jobs), _PAGE):
-            for row in self._rows(select(table).where(table.c.job.in_(jobs[first : first + _PAGE]))):
-                found[JobId(row.job)] = StoredOrder(JobId(row.job), Digest(row.digest), row.envelope)
-        return found
+            yield from self._rows(select(table).where(table.c.job.in_(jobs[first : first + _PAGE])))
 
     def sites(self) -> list[StoredSite]:
         """Return all recorded sites."""
@@ -189,6 +202,10 @@ def _without_number(line: dict[str, Any]) -> dict[str, Any]:
 
 def _job(row: Any) -> StoredJob:
     return StoredJob(**{name: getattr(row, name) for name in StoredJob.__dataclass_fields__})
+
+
+def _attempt(row: Any) -> StoredAttempt:
+    return StoredAttempt(**{name: getattr(row, name) for name in StoredAttempt.__dataclass_fields__})
 
 
 def _line(row: Any) -> AuditLine:

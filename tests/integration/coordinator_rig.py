@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -202,7 +203,9 @@ class Researcher:
         def found() -> JobSnapshot | None:
             return next((u for u in reversed(self.updates) if u.job == job and u.status == status), None)
 
-        snapshot: JobSnapshot = await eventually(found, f"{job} {status}; saw {[u.status for u in self.updates]}", seconds)
+        snapshot: JobSnapshot = await eventually(
+            found, f"{job} {status}; saw {[u.status for u in self.updates]}", seconds
+        )
         return snapshot
 
     def open(self, raw: bytes, expected: type[M]) -> Opened[M]:
@@ -271,10 +274,8 @@ class Site:
     async def keep_advertising(self, every_s: float = 0.5) -> None:
         """Advertise until cancelled; a missing answer is met with the next advert."""
         while True:
-            try:
+            with contextlib.suppress(EdifError):
                 await self.advertise()
-            except EdifError:
-                pass
             await asyncio.sleep(every_s)
 
     def a_report(self, grant: Grant, status: AttemptStatus, **changes: Any) -> Report:
@@ -295,9 +296,7 @@ class Site:
     async def report(self, grant: Grant, status: AttemptStatus, **changes: Any) -> ReportReceived:
         if status.terminal:
             self.held.pop(grant.job, None)
-        return await self.request(
-            subjects.report(self.name), self.a_report(grant, status, **changes), ReportReceived
-        )
+        return await self.request(subjects.report(self.name), self.a_report(grant, status, **changes), ReportReceived)
 
     async def request(self, subject: str, message: Any, expected: type[M]) -> M:
         raw = await self.connection.bus.request(subject, seal(message, self.key).encode(), timeout_ms=3_000)

@@ -40,16 +40,14 @@ def test_what_was_recorded_is_read_back_by_the_next_process(url: str) -> None:
     first = Store(url)
     epoch = first.begin_term(1, "here")
     order = StoredOrder(a_job().job, Digest("d"), '{"payload": "exact \\u00e9 bytes"}')
-    first.apply(
-        Recording(epoch, (a_job(),), (), (order,), (StoredSite(SiteId("a"), "{}"),), (AuditLine(5, "x", "{}"),))
-    )
+    first.apply(Recording(epoch, (a_job(),), (), (order,), (StoredSite(SiteId("a"), "{}"),), (AuditLine(5, "x"),)))
     first.close()
 
     second = Store(url)
     assert list(second.open_jobs()) == [a_job()]
     assert second.orders([a_job().job]) == {a_job().job: order}
     assert second.sites() == [StoredSite(SiteId("a"), "{}")]
-    assert [(line.kind, line.epoch) for line in second.audit()] == [("x", epoch)]
+    assert [(line.what, line.epoch) for line in second.audit()] == [("x", epoch)]
     second.close()
 
 
@@ -66,7 +64,7 @@ def test_an_older_version_of_a_job_undoes_the_whole_transaction(store: Store) ->
     epoch = store.begin_term(1, "here")
     store.apply(Recording(epoch, (a_job(version=3),)))
     with pytest.raises(StaleRecordError):
-        store.apply(Recording(epoch, (a_job(2), a_job(version=2)), audit=(AuditLine(1, "x", "{}"),)))
+        store.apply(Recording(epoch, (a_job(2), a_job(version=2)), audit=(AuditLine(1, "x"),)))
     assert list(store.open_jobs()) == [a_job(version=3)]
     assert store.audit() == []
 

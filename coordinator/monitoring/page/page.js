@@ -137,9 +137,9 @@ async function toggle(job) {
 }
 
 function eventRow(event) {
-  return el("tr", {}, el("td", { class: "when" }, clock(event.at_ms)), el("td", {}, event.kind.replaceAll("_", " ")),
+  return el("tr", {}, el("td", { class: "when" }, clock(event.at_ms)), el("td", { class: "what" }, event.what + (event.attempt ? " #" + event.attempt : "")),
     el("td", {}, event.site || ""), el("td", { class: "id", title: event.job || "" }, event.job ? shortId(event.job) : ""),
-    el("td", { class: "text" }, el("code", { title: event.record }, event.record.slice(0, 160))));
+    el("td", { class: "text" }, event.text));
 }
 
 function total(name, value) {

@@ -72,6 +72,9 @@ class CoordinatorConfig:
     broker: BrokerConfig = BrokerConfig()
     store: StoreConfig = StoreConfig()
     policy: PolicyConfig = PolicyConfig()
+    system_user: str | None = None
+    """A user of the broker's system account: the broker then says at once when a site's connection is gone."""
+    system_password_file: Path | None = None
     http_host: str = "127.0.0.1"
     http_port: int = 8002
     log_level: str = "INFO"

@@ -139,15 +139,13 @@ class Job:
         """Yield what the job has printed, attempt by attempt; with `follow`, go on until it ends."""
         subject = subjects.all_log_lines(self.id)
         stored = sum((await self._mesh.streams.subjects(subjects.LOGS_STREAM, subject)).values())
-        ended = None if follow else asyncio.ensure_future(asyncio.sleep(0))
-        if follow:
-            ended = asyncio.ensure_future(self.wait())
+        ended: asyncio.Future[Any] = asyncio.ensure_future(self.wait() if follow else asyncio.sleep(0, None))
         reader = self._mesh.streams.read(subjects.LOGS_STREAM, subject)
         count = 0
         try:
             while count < stored or follow:
                 upcoming = asyncio.ensure_future(anext(reader))
-                waiting: set[asyncio.Future[Any]] = {upcoming} if ended is None or count < stored else {upcoming, ended}
+                waiting: set[asyncio.Future[Any]] = {upcoming} if count < stored else {upcoming, ended}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if not upcoming.done():
                     stored = sum((await self._mesh.streams.subjects(subjects.LOGS_STREAM, subject)).values())
@@ -159,8 +157,7 @@ class Job:
                 for line in self._open_lines(upcoming.result().data):
                     yield line
         finally:
-            if ended is not None:
-                ended.cancel()
+            ended.cancel()
 
     # -------------------------------------------------------------------------------------------------------- result
 
@@ -229,7 +226,11 @@ class Job:
         assert self._updates is not None
         try:
             kind = kind_of(incoming.data)
-            update = self._mesh.open(incoming.data, Refusal if kind == "refusal" else JobSnapshot).message
+            update: JobSnapshot | Refusal
+            if kind == "refusal":
+                update = self._mesh.open(incoming.data, Refusal).message
+            else:
+                update = self._mesh.open(incoming.data, JobSnapshot).message
         except EdifError as error:
             log.warning("update refused", extra={"job": self.id, "error": str(error)})
             return

@@ -207,7 +207,7 @@ class Mesh:
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         """Run something beside us until `close`."""
-        task = asyncio.ensure_future(work)
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

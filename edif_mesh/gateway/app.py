@@ -55,7 +55,7 @@ def create_app(config: ClientConfig, name: str = "gateway") -> Any:
     _routes(app)
     app.add_exception_handler(EdifError, _on_error)
     hosts = frozenset({config.gateway_host, "127.0.0.1", "localhost", "[::1]"})
-    return LocalOnly(app, hosts)  # type: ignore[arg-type]
+    return LocalOnly(app, hosts)
 
 
 def _routes(app: FastAPI) -> None:

@@ -131,9 +131,9 @@ class Supervisor:
             raise ConfigError(f"{child.name} was not ready within {READY_TIMEOUT_S:.0f} s. {last_words(child.log)}")
 
     async def _keep(self, child: Child) -> None:
-        while not self._stopping:
+        while not self._ending():
             code = await self._run_once(child)
-            if self._stopping:
+            if self._ending():
                 return
             if not child.ready.is_set() and child.restarts >= 2:
                 self._fail(f"{child.name} cannot be started (exit {code}). {last_words(child.log)}")
@@ -167,11 +167,11 @@ class Supervisor:
 
     async def _keep_broker(self) -> None:
         tries = 0
-        while not self._stopping:
+        while not self._ending():
             process = self._broker.process
             if process is not None:
                 code = await process.wait()
-                if self._stopping:
+                if self._ending():
                     return
                 self._say(f"nats-server ended ({_how(code)}); starting it again")
             try:
@@ -194,6 +194,9 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+    def _ending(self) -> bool:
+        return self._stopping
 
     def _fail(self, why: str) -> None:
         if not self._failed.done():

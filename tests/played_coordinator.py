@@ -273,6 +273,13 @@ class AgentProcess:
         if self.process is not None:
             self.kill()
 
+    def logged(self, text: str, timeout_s: float = 30) -> None:
+        """Wait until the agent's log holds `text`."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
+
     def log(self) -> str:
         return (self.folder / "agent.log").read_text()
 

@@ -93,7 +93,10 @@ class PlayedCoordinator:
         self._news = asyncio.Condition()
 
     async def listen(self) -> None:
-        await self.link.streams.ensure(STREAMS, max_bytes={spec.name: 1 << 30 for spec in STREAMS})
+        await self.link.streams.ensure(
+            STREAMS,
+            max_bytes={spec.name: (2 << 30) if spec.name == subjects.RESULTS_STREAM else 256 << 20 for spec in STREAMS},
+        )
         await self.link.bus.subscribe(subjects.ALL_ADVERTS, self._advert, concurrent=4)
         await self.link.bus.subscribe(subjects.ALL_REPORTS, self._report, concurrent=4)
 

@@ -58,13 +58,16 @@ class Bulk:
         digests: list[bytes] = []
         total = 0
         window = asyncio.Semaphore(_IN_FLIGHT)
-        async with asyncio.TaskGroup() as group:
-            while (chunk := await spool.get()) is not None:
-                await window.acquire()
-                digests.append(hashlib.sha256(chunk).digest())
-                total += len(chunk)
-                task = group.create_task(self._append(key, len(digests) - 1, bytes(chunk)))
-                task.add_done_callback(lambda _: window.release())
+        try:
+            async with asyncio.TaskGroup() as group:
+                while (chunk := await spool.get()) is not None:
+                    await window.acquire()
+                    digests.append(hashlib.sha256(chunk).digest())
+                    total += len(chunk)
+                    task = group.create_task(self._append(key, len(digests) - 1, bytes(chunk)))
+                    task.add_done_callback(lambda _: window.release())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
         index = b"".join(digests)
         await self._append(key, "index", index)
         return Stored(total, CHUNK_BYTES, len(digests), Digest(hashlib.sha256(index).hexdigest()))

@@ -165,7 +165,6 @@ class AttemptTask:
             return
         log.info("attempt computed", extra={"job": held.job, "attempt": held.attempt, "bytes": receipt.result_bytes})
         await self._with.tell(AttemptComputed(held.key))
-        self._with.models.replenish(held.order.model.repo_id)
         assert self._upload is not None
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
         await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))

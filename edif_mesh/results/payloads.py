@@ -1,0 +1,75 @@
+"""A job's payload on its way from the researcher to the site: durable, in chunks, checked against its reference."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+
+from edif_mesh.domain.ids import JobId
+from edif_mesh.errors import ChunkError
+from edif_mesh.results.transfer import CHUNK_BYTES
+from edif_mesh.transport.ports import Streams
+from edif_mesh.wire import subjects
+from edif_mesh.wire.messages import PayloadRef
+
+_AT_ONCE = 8
+_PATIENCE_S = 5.0
+
+
+async def put_payload(streams: Streams, job: JobId, data: bytes, *, timeout_ms: int = 30_000) -> None:
+    """Store `data` durably under `job`; a repeat is harmless. One round trip when at most 512 KiB.
+
+    Raises:
+        StoreFullError: the broker's store is full.
+        NoReplyError, NotConnectedError: not known to be stored in time.
+    """
+    room = asyncio.Semaphore(_AT_ONCE)
+
+    async def put(number: int) -> None:
+        async with room:
+            chunk = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+            subject = subjects.payload_chunk(job, number)
+            message_id = f"{subject}:{hashlib.sha256(chunk).hexdigest()}"
+            await streams.append(subject, chunk, message_id=message_id, timeout_ms=timeout_ms)
+
+    await _all([put(number) for number in range(_chunks(len(data)))])
+
+
+async def get_payload(streams: Streams, job: JobId, ref: PayloadRef, *, patience_s: float = _PATIENCE_S) -> bytes:
+    """Return the payload that `ref` names, verified. One round trip when at most 512 KiB.
+
+    Raises:
+        ChunkError: a chunk is missing, or the bytes are not those that the order names.
+        NoReplyError, NotConnectedError: the broker did not answer.
+    """
+    room = asyncio.Semaphore(_AT_ONCE)
+    deadline = time.monotonic() + patience_s
+
+    async def get(number: int) -> bytes:
+        async with room:
+            while True:
+                stored = await streams.get(subjects.PAYLOADS_STREAM, subjects.payload_chunk(job, number))
+                if stored is not None:
+                    return stored.data
+                if time.monotonic() > deadline:
+                    raise ChunkError(f"Chunk {number} of the payload of {job} is missing at the broker.")
+                await asyncio.sleep(0.2)
+
+    data = b"".join(await _all([get(number) for number in range(_chunks(ref.size_bytes))]))
+    if len(data) != ref.size_bytes:
+        raise ChunkError(f"The payload of {job} has {len(data)} bytes; its order names {ref.size_bytes}.")
+    if hashlib.sha256(data).hexdigest() != ref.digest:
+        raise ChunkError(f"The payload of {job} was altered: it is not the one that its order names.")
+    return data
+
+
+def _chunks(size: int) -> int:
+    return max(1, -(-size // CHUNK_BYTES))
+
+
+async def _all(work: list) -> list:  # type: ignore[type-arg]
+    """Run together; the first error ends the others."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+    return [task.result() for task in tasks]

@@ -17,11 +17,13 @@ from edif_mesh.config import SiteConfig, load_config, read_password
 from edif_mesh.errors import ConfigError, EdifError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
+from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import Connection, connect
 from edif_mesh.wire.messages import Role
 from site_agent.journal import Journal
 from site_agent.runner.confine import harden_parent
 from site_agent.shell.agent import SiteAgent
+from site_agent.shell.bulk import Cargo
 from site_agent.shell.check import checks
 
 DRAIN_S = 10.0
@@ -77,9 +79,9 @@ async def _run(config: SiteConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    control = await _connect(config, "control")
-    bulk = await _connect(config, "bulk")
-    agent = SiteAgent(config, key, trust, journal, control.bus, control.streams, bulk.streams)
+    control, payloads = await _connect(config, "control"), await _connect(config, "payloads")
+    cargo = Cargo(payloads.streams, NatsBulk.beside(payloads))
+    agent = SiteAgent(config, key, trust, journal, control.bus, control.streams, cargo)
     try:
         await agent.start()
         announcing = asyncio.create_task(_announce(agent, config))
@@ -89,8 +91,9 @@ async def _run(config: SiteConfig) -> int:
         await agent.drain(DRAIN_S)
     finally:
         await agent.close()
+        await cargo.close()
+        await payloads.close()
         await control.close()
-        await bulk.close()
     return 0
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, Digest, Epoch, FederationId, SiteId, job_id
 from edif_mesh.domain.job import Limits
@@ -275,6 +277,11 @@ class AgentProcess:
     def close(self) -> None:
         if self.process is not None:
             self.kill()
+
+    def environment(self) -> dict[str, str]:
+        """What the agent process was started with."""
+        assert self.process is not None
+        return psutil.Process(self.process.pid).environ()
 
     def logged(self, text: str, timeout_s: float = 30) -> None:
         """Wait until the agent's log holds `text`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from edif_mesh.domain.ids import JobId
 from edif_mesh.errors import ChunkError
@@ -15,6 +17,8 @@ from edif_mesh.wire.messages import PayloadRef
 
 _AT_ONCE = 8
 _PATIENCE_S = 5.0
+MAX_PAYLOAD_BYTES = 256 << 20
+T = TypeVar("T")
 
 
 async def put_payload(streams: Streams, job: JobId, data: bytes, *, timeout_ms: int = 30_000) -> None:
@@ -43,6 +47,8 @@ async def get_payload(streams: Streams, job: JobId, ref: PayloadRef, *, patience
         ChunkError: a chunk is missing, or the bytes are not those that the order names.
         NoReplyError, NotConnectedError: the broker did not answer.
     """
+    if not 0 <= ref.size_bytes <= MAX_PAYLOAD_BYTES:
+        raise ChunkError(f"A payload of {ref.size_bytes} bytes cannot be; at most {MAX_PAYLOAD_BYTES} can.")
     room = asyncio.Semaphore(_AT_ONCE)
     deadline = time.monotonic() + patience_s
 
@@ -68,8 +74,11 @@ def _chunks(size: int) -> int:
     return max(1, -(-size // CHUNK_BYTES))
 
 
-async def _all(work: list) -> list:  # type: ignore[type-arg]
-    """Run together; the first error ends the others."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one) for one in work]
-    return [task.result() for task in tasks]
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run together; the first error ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

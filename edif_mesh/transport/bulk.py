@@ -18,7 +18,7 @@ from edif_mesh.errors import NoReplyError, NotConnectedError, StoreFullError, Tr
 from edif_mesh.transport.lane import Lane, LaneMessage, open_lane
 from edif_mesh.transport.nats_bus import Connection
 from edif_mesh.transport.nats_link import Access, ack_numbers
-from edif_mesh.transport.nats_streams import append_error, is_already_there
+from edif_mesh.transport.nats_streams import STREAM_NOT_FOUND, append_error, is_already_there
 from edif_mesh.transport.ports import Arrived
 
 log = logging.getLogger(__name__)
@@ -99,12 +99,14 @@ class NatsBulk:
             raise last from None
 
     async def api(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Ask JetStream's API; raises TransportError for an error in the answer."""
+        """Ask JetStream's API; raises NoReplyError while the stream is missing, TransportError for another error."""
         data = json.dumps(request).encode()
         answer = await self._exchange(f"$JS.API.{name}", b"", (data,), len(data))
         value: dict[str, Any] = json.loads(bytes(answer.data))
         if "error" in value:
-            raise TransportError(f"The broker refused {name}: {value['error'].get('description')}.")
+            text = f"The broker refused {name}: {value['error'].get('description')}."
+            # A wiped broker has no streams until the coordinator has made them again.
+            raise NoReplyError(text) if value["error"].get("err_code") == STREAM_NOT_FOUND else TransportError(text)
         return value
 
     async def _exchange(

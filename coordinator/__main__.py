@@ -91,9 +91,7 @@ async def _connect_system(settings: CoordinatorConfig) -> Connection | None:
     if settings.system_user is None:
         return None
     password = read_password(replace(settings.broker, password_file=settings.system_password_file))
-    return await connect(
-        settings.broker.url, name="coordinator system", user=settings.system_user, password=password
-    )
+    return await connect(settings.broker.url, name="coordinator system", user=settings.system_user, password=password)
 
 
 def _identity(settings: CoordinatorConfig) -> tuple[PrivateKey, TrustStore]:

@@ -43,12 +43,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) 
 
 def say(text: str) -> None:
     """Print one sentence."""
-    out.print(escape(text))
+    out.print(escape(text), soft_wrap=True)
 
 
 def complain(text: str) -> None:
     """Print one sentence to standard error."""
-    err.print(escape(text), style="red" if err.is_terminal else None)
+    err.print(escape(text), style="red" if err.is_terminal else None, soft_wrap=True)
 
 
 def ago(at_ms: int | None) -> str:

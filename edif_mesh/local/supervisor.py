@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from edif_mesh.errors import ConfigError, EdifError, NotFoundError
+from edif_mesh.client.mesh import Mesh
+from edif_mesh.domain.site import ModelState
+from edif_mesh.errors import ConfigError, EdifError, NoReplyError, NotFoundError
 from edif_mesh.local.federation import LocalFederation
 from edif_mesh.transport.embedded import EmbeddedServer, EmbeddedSettings, check_port, die_with_parent
 
@@ -80,7 +82,7 @@ class Supervisor:
                 federation.log("gateway"),
             ),
         ]
-        self._stopping = False
+        self._stopping = self._ready = False
         self._keepers: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._lock: IO[str] | None = None
@@ -99,6 +101,8 @@ class Supervisor:
                 await self._until_ready(child)
         for child in self.children:
             await self._until_ready(child)
+        await self._until_loaded()
+        self._ready = True
         self._write_mesh()
 
     async def wait(self) -> str:
@@ -129,6 +133,23 @@ class Supervisor:
             raise ConfigError(self._failed.result())
         if not done:
             raise ConfigError(f"{child.name} was not ready within {READY_TIMEOUT_S:.0f} s. {last_words(child.log)}")
+
+    async def _until_loaded(self) -> None:
+        """Wait until no site is loading a model any more; say which could not be loaded."""
+        async with await Mesh.connect(self.federation.client_toml, name="up") as mesh:
+            while True:
+                with contextlib.suppress(NoReplyError):
+                    view = await mesh.view()
+                    offers = [(site.site, offer) for site in view.sites for offer in site.models]
+                    known = len(view.sites) >= len(self.federation.sites)
+                    if known and not any(offer.state is ModelState.LOADING for _, offer in offers):
+                        break
+                await asyncio.wait({self._failed}, timeout=0.2)
+                if self._failed.done():
+                    raise ConfigError(self._failed.result())
+        for site, offer in offers:
+            if offer.state is ModelState.FAILED:
+                self._say(f"{site} could not load {offer.repo_id}: {offer.detail}")
 
     async def _keep(self, child: Child) -> None:
         while not self._ending():
@@ -208,7 +229,7 @@ class Supervisor:
         if self._broker.process is not None:
             processes["nats"] = self._broker.process.pid
         value = {
-            "ready": all(child.ready.is_set() for child in self.children),
+            "ready": self._ready,
             "supervisor": os.getpid(),
             "gateway": f"http://127.0.0.1:{settings.gateway_port}",
             "monitor": f"http://127.0.0.1:{settings.monitor_port}",

@@ -26,7 +26,18 @@ from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.transport.nats_bus import Connection
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import seal
-from edif_mesh.wire.messages import AskJob, AskJobs, AskMesh, Grant, JobList, JobSnapshot, Manifest, MeshView, Refusal
+from edif_mesh.wire.messages import (
+    AskJob,
+    AskJobs,
+    AskMesh,
+    CancelJob,
+    Grant,
+    JobList,
+    JobSnapshot,
+    Manifest,
+    MeshView,
+    Refusal,
+)
 from tests.integration.coordinator_rig import ROOT, Researcher, Rig, Site, eventually, now_ms
 
 pytestmark = pytest.mark.timeout(90)
@@ -201,7 +212,7 @@ async def test_orders_that_must_not_be_believed_are_refused_with_their_reason(wo
     assert {expired.job, foreign.job} <= set(told)
 
 
-async def test_another_researcher_can_neither_see_nor_cancel_a_job(world: World) -> None:
+async def test_another_researcher_can_neither_see_nor_take_over_a_job(world: World) -> None:
     order = await world.ada.submit()
     await world.ada.until(order.job, "QUEUED")
     eve = PrivateKey.generate()
@@ -213,6 +224,12 @@ async def test_another_researcher_can_neither_see_nor_cancel_a_job(world: World)
 
     await eventually(refused, "the new key is known and the job hidden from it")
     assert (await other.ask(AskJobs(now_ms()), JobList)).jobs == ()
+    assert (await other.ask(CancelJob(order.job, now_ms()), Refusal)).failure.code == "not_found"
+    await other.send(seal(other.order(job=order.job), eve))
+    later = await world.ada.submit()
+    await world.ada.until(later.job, "QUEUED")
+    assert world.ada.refusals == [], "the owner is not told that another's order was refused"
+    assert (await world.ada.job(order.job)).status == "QUEUED"
 
 
 async def test_poisonous_bytes_on_every_subject_stop_nothing(world: World) -> None:

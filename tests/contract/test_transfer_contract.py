@@ -91,7 +91,7 @@ async def test_a_reader_that_follows_has_the_bytes_before_the_manifest_exists(ma
         await writer.feed(data[start : start + CHUNK])
     parts = await writer.finish()
     async with asyncio.timeout(10):
-        while len(reader._early.get(ONE, {})) < 40:
+        while len(reader._early.get(ONE, {})) < 40:  # noqa: ASYNC110 (no event to wait for)
             await asyncio.sleep(0.01)
     stats = await reader.read(a_manifest(JOB, ONE, parts))
     assert sink.data == data
@@ -105,7 +105,7 @@ async def test_a_small_result_that_was_followed_needs_nothing_more(make: MakeBul
     await writer.feed(b"small")
     parts = await writer.finish()
     async with asyncio.timeout(10):
-        while not reader._early:
+        while not reader._early:  # noqa: ASYNC110 (no event to wait for)
             await asyncio.sleep(0.01)
     stats = await reader.read(a_manifest(JOB, ONE, parts))
     assert sink.data == b"small"

@@ -65,9 +65,13 @@ def _gpt2(folder: Path, *, layers: int, width: int, heads: int, vocabulary: int,
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["The Eiffel Tower is in the city of Paris", "hello world, a small tokenizer"], trainer)
+    tokenizer.train_from_iterator(
+        ["The Eiffel Tower is in the city of Paris", "hello world, a small tokenizer"], trainer
+    )
     end = "<|endoftext|>"
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, pad_token=end)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, pad_token=end
+    )
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, n_positions=512)

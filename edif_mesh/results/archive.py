@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ def storage_offsets(header_bytes: int, sizes: list[int]) -> tuple[list[int], int
     return offsets, position
 
 
-def read(source: bytes | bytearray | memoryview | mmap.mmap | Path, classes: Mapping[str, type] | None = None) -> Any:
+def read(
+    source: bytes | bytearray | memoryview | mmap.mmap | Path | str, classes: Mapping[str, type] | None = None
+) -> dict[str, Any]:
     """Return the saved values in `source` by name.
 
     A writable buffer is used in place: the tensors alias it. Read-only bytes and files are copied (a file by a private
@@ -90,12 +93,7 @@ def read(source: bytes | bytearray | memoryview | mmap.mmap | Path, classes: Map
     Raises ArchiveError for anything that is not exactly an archive; nothing is allocated from a number that was not
     checked against the bytes that are there.
     """
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    view = memoryview(source)
-    if view.readonly:
-        view = memoryview(bytearray(view))
+    view = _writable(source)
     tree, header_bytes = parse_header(view)
     sizes = tree["storages"]
     offsets, end = storage_offsets(header_bytes, sizes)
@@ -108,6 +106,75 @@ def read(source: bytes | bytearray | memoryview | mmap.mmap | Path, classes: Map
         for offset, size in zip(offsets, sizes, strict=True)
     ]
     return Decoder(storages, dict(classes or {})).mapping(tree["values"])
+
+
+def _writable(source: bytes | bytearray | memoryview | mmap.mmap | Path | str) -> memoryview:
+    """Return writable memory with the source's bytes, aligned well enough for every dtype."""
+    if isinstance(source, Path | str):
+        with Path(source).open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ArchiveError("The archive is empty.")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    view = memoryview(source).cast("B")
+    if view.readonly or not len(view) or torch.frombuffer(view, dtype=torch.uint8).data_ptr() % 16:
+        copy = allocate(len(view))
+        copy[:] = view
+        return copy
+    return view
+
+
+def allocate(size: int) -> memoryview:
+    """Return `size` writable bytes, aligned and not yet touched: the kernel gives pages as they are filled."""
+    return memoryview(torch.empty(size, dtype=torch.uint8).numpy()) if size else memoryview(bytearray())
+
+
+class StreamingReader:
+    """Takes an archive as its pieces arrive, in order, and copies each once to its final place.
+
+    `total_bytes` is None until the header is there. Nothing larger than `limit_bytes` is ever allocated.
+    """
+
+    def __init__(self, limit_bytes: int, classes: Mapping[str, type] | None = None) -> None:
+        self.total_bytes: int | None = None
+        self.received_bytes = 0
+        self._limit, self._classes = limit_bytes, classes
+        self._head = bytearray()
+        self._memory = memoryview(bytearray())
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Take the next bytes; raises ArchiveError for a bad header, too many bytes or too large a claim."""
+        if self.total_bytes is None:
+            self._head += data
+            data = self._open_header()
+        end = self.received_bytes + len(data)
+        if self.total_bytes is None or not len(data):
+            return
+        if end > self.total_bytes:
+            raise ArchiveError("More bytes came than the archive's header says.")
+        self._memory[self.received_bytes : end] = data
+        self.received_bytes = end
+
+    def finish(self) -> dict[str, Any]:
+        """Return the values, which alias the reader's memory; raises ArchiveError when bytes are missing."""
+        if self.received_bytes != self.total_bytes:
+            raise ArchiveError(f"The archive ended after {self.received_bytes + len(self._head)} bytes.")
+        return read(self._memory, self._classes)
+
+    def _open_header(self) -> bytes | bytearray:
+        """Allocate when the header is complete; return what was held back until then, else nothing."""
+        if len(self._head) >= _HEAD.size:
+            magic, length = _HEAD.unpack_from(self._head)
+            if magic != MAGIC or length > min(MAX_TREE_BYTES, self._limit):
+                raise ArchiveError("This is no archive of this version, or its header is too large.")
+            if len(self._head) >= _HEAD.size + length:
+                tree, header_bytes = parse_header(memoryview(bytes(self._head)))
+                _, total = storage_offsets(header_bytes, tree["storages"])
+                if total > self._limit:
+                    raise ArchiveError(f"The archive claims {total} bytes; at most {self._limit} are allowed here.")
+                self.total_bytes, self._memory = total, allocate(total)
+                held, self._head = self._head, bytearray()
+                return held
+        return b""
 
 
 def parse_header(view: memoryview) -> tuple[dict[str, Any], int]:
@@ -130,6 +197,8 @@ def parse_header(view: memoryview) -> tuple[dict[str, Any], int]:
     sizes = tree["storages"]
     if not isinstance(sizes, list) or not all(type(size) is int and 0 <= size <= MAX_TOTAL_BYTES for size in sizes):
         raise ArchiveError("The archive's storages have no sane sizes.")
+    if sum(sizes) > MAX_TOTAL_BYTES:
+        raise ArchiveError("The archive's storages are larger than any result may be.")
     return tree, _HEAD.size + length
 
 

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from edif_mesh.errors import UnsupportedValueError
-from edif_mesh.results.archive_types import MAX_DEPTH, MODEL_OUTPUTS, NAMES, NUMPY_KINDS
+from edif_mesh.results.archive_types import (
+    DEFAULT_FACTORIES,
+    KV_LAYERS,
+    MAX_DEPTH,
+    MAX_EXPANDED,
+    NAMES,
+    NUMPY_KINDS,
+    Extent,
+)
+from edif_mesh.results.archive_views import Views
 
 Node = Any
 _SAFE_INT = 1 << 53
@@ -29,16 +38,16 @@ class Encoder:
 
     def __init__(self) -> None:
         self.storages: list[memoryview] = []
-        self._memo: dict[int, int | None] = {}
+        self._views = Views(self._add)
+        self._extent = Extent()
+        self._memo: dict[int, tuple[int, int, int] | None] = {}
         self._kept: list[Any] = []
-        self._finished = 0
-        self._shared: dict[int, tuple[int, int]] = {}
-        self._groups: dict[int, tuple[int, int, int]] = {}
 
     def mapping(self, values: Mapping[str, Any]) -> list[Node]:
         """Encode the saved values of a job: a list of `[name, node]`."""
-        self._survey(values)
-        return [[str(name), self.node(value, str(name), 0)] for name, value in values.items()]
+        nodes = [[str(name), self.node(value, str(name), 0)] for name, value in values.items()]
+        self._views.place()
+        return nodes
 
     def node(self, value: Any, path: str, depth: int) -> Node:
         """Encode one value; `path` is how the researcher would write it."""
@@ -54,22 +63,29 @@ class Encoder:
             return value if -_SAFE_INT < value < _SAFE_INT else {"t": "int", "v": hex(value)}
         if kind is float:
             return value if math.isfinite(value) else {"t": "float", "v": repr(value)}
-        if depth > MAX_DEPTH:
-            raise UnsupportedValueError(path, kind.__name__, f"It is nested deeper than {MAX_DEPTH}; flatten it.")
+        self._visit(path, kind, depth, 0, 1)
         small = self._small(value, kind)
         if small is not None:
             return small
-        known = self._memo.get(id(value), -1)
-        if known is None:
-            raise UnsupportedValueError(path, kind.__name__, "It contains itself; save its parts.")
-        if known >= 0:
-            return {"t": "ref", "i": known}
+        if id(value) in self._memo:
+            known = self._memo[id(value)]
+            if known is None:
+                raise UnsupportedValueError(path, kind.__name__, "It contains itself; save its parts.")
+            self._visit(path, kind, depth, known[1], known[2])
+            return {"t": "ref", "i": known[0]}
         self._memo[id(value)] = None
         self._kept.append(value)
+        outer = self._extent.enter(depth)
         node = self._compound(value, kind, path, depth + 1)
-        self._memo[id(value)] = self._finished
-        self._finished += 1
+        self._memo[id(value)] = self._extent.leave(depth, outer)
         return node
+
+    def _visit(self, path: str, kind: type, depth: int, height: int, weight: int) -> None:
+        if not self._extent.add(depth, height, weight):
+            hint = (
+                f"It is nested deeper than {MAX_DEPTH} or holds more than {MAX_EXPANDED:,} parts; save tensors instead."
+            )
+            raise UnsupportedValueError(path, kind.__name__, hint)
 
     # ------------------------------------------------------------------------------------------------ small values
 
@@ -97,7 +113,10 @@ class Encoder:
             return self._tensor(value, path)
         if kind in (list, tuple, set, frozenset):
             return {"t": kind.__name__, "v": [self.node(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]}
-        if kind in (dict, OrderedDict, defaultdict):
+        if kind is defaultdict:
+            factory = next((n for n, f in DEFAULT_FACTORIES.items() if f is value.default_factory), None)
+            return {"t": "defaultdict", "f": factory, "v": self._pairs(value, path, depth)}
+        if kind in (dict, OrderedDict):
             name = "ordered" if kind is OrderedDict else "dict"
             return {"t": name, "v": self._pairs(value, path, depth)}
         if kind is slice:
@@ -107,9 +126,14 @@ class Encoder:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             fields = [[f, self.node(getattr(value, f), f"{path}.{f}", depth)] for f in value._fields]
             return {"t": "namedtuple", "c": _name(kind), "v": fields}
+        if kind.__module__ == "torch.return_types":
+            items = [self.node(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]
+            return {"t": "torch_return", "c": kind.__name__, "v": items}
         module = kind.__module__.split(".")[0]
         if module == "numpy":
             return self._numpy(value, path)
+        if any(c.__name__ == "ModelOutput" and c.__module__.startswith("transformers.") for c in kind.__mro__):
+            return {"t": "model_output", "c": _name(kind), "v": self._pairs(value, path, depth)}
         if module in ("transformers", "nnsight"):
             node = self._library(value, kind, path, depth)
             if node is not None:
@@ -120,7 +144,7 @@ class Encoder:
             names = [f.name for f in dataclasses.fields(value)]
             pairs = [[n, self.node(getattr(value, n), f"{path}.{n}", depth)] for n in names if hasattr(value, n)]
             return {"t": "object", "c": _name(kind), "v": pairs}
-        if isinstance(value, dict | list | set | frozenset):
+        if isinstance(value, dict | list | tuple | set | frozenset):
             plain = _plain(value)
             return self._compound(plain, type(plain), path, depth)
         if self._is_plain_object(value, kind):
@@ -145,7 +169,8 @@ class Encoder:
     def _numpy(self, value: Any, path: str) -> Node:
         import numpy as np
 
-        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in NUMPY_KINDS:
+        plain = type(value) in (np.ndarray, np.memmap) or isinstance(value, np.generic)
+        if plain and value.dtype.kind in NUMPY_KINDS and value.dtype.itemsize:
             array = np.ascontiguousarray(value)
             data = memoryview(array.reshape(-1).view(np.uint8)) if array.nbytes else memoryview(b"")
             shape = list(value.shape)
@@ -159,16 +184,17 @@ class Encoder:
         """The data classes of transformers and nnsight that researchers save in practice."""
         name = kind.__name__
         if name in ("BatchEncoding", "BatchFeature"):
-            return {"t": "batch_encoding", "v": self._pairs(value.data, path, depth)}
-        if kind.__module__ == MODEL_OUTPUTS or (hasattr(value, "to_tuple") and isinstance(value, dict)):
-            return {"t": "model_output", "c": _name(kind), "v": self._pairs(value, path, depth)}
-        if hasattr(value, "layers") and name.endswith("Cache"):
-            layers = [
-                [self.node(getattr(layer, "keys", None), f"{path}.layers[{i}].keys", depth),
-                 self.node(getattr(layer, "values", None), f"{path}.layers[{i}].values", depth)]
-                for i, layer in enumerate(value.layers)
-            ]  # fmt: skip
-            return {"t": "kv_cache", "c": name, "v": layers}
+            form = "batch_encoding" if name == "BatchEncoding" else "batch_feature"
+            return {"t": form, "v": self._pairs(value.data, path, depth)}
+        if name == "DynamicCache":
+            return {
+                "t": "kv_cache",
+                "v": [self._kv_layer(c, f"{path}.layers[{i}]", depth) for i, c in enumerate(value.layers)],
+            }
+        if name.endswith("Cache") and hasattr(value, "layers"):
+            raise UnsupportedValueError(
+                path, name, "Save its layers' tensors: [(c.keys, c.values) for c in cache.layers]."
+            )
         if name == "CacheView":
             cache = object.__getattribute__(value, "_cache")
             entries = [
@@ -178,6 +204,19 @@ class Encoder:
             ]  # fmt: skip
             return {"t": "activation_cache", "v": entries}
         return None
+
+    def _kv_layer(self, layer: Any, path: str, depth: int) -> list[Node]:
+        """`[class, keys, values, settings]`; only the layers that are two tensors and two numbers."""
+        name = type(layer).__name__
+        if name not in KV_LAYERS:
+            raise UnsupportedValueError(path, name, "Save the tensors of the layer by themselves.")
+        settings = [self.node(getattr(layer, a), f"{path}.{a}", depth) for a in KV_LAYERS[name]]
+        return [
+            name,
+            self.node(layer.keys, f"{path}.keys", depth),
+            self.node(layer.values, f"{path}.values", depth),
+            settings,
+        ]
 
     # ------------------------------------------------------------------------------------------------------ tensors
 
@@ -192,8 +231,8 @@ class Encoder:
         if value.is_quantized:
             raise UnsupportedValueError(path, "quantized tensor", "Save .dequantize() of it.")
         if value.layout is torch.sparse_coo:
-            parts = tensor.coalesce()
-            return self._sparse("coo", path, parts.indices(), parts.values(), parts.shape, extra)
+            extra |= {"k": True} if tensor.is_coalesced() else {}
+            return self._sparse("coo", path, tensor._indices(), tensor._values(), tensor.shape, extra)
         if value.layout is torch.sparse_csr:
             rows = tensor.crow_indices(), tensor.col_indices()
             return self._sparse("csr", path, *rows, tensor.values(), tensor.shape, extra)
@@ -203,78 +242,15 @@ class Encoder:
             raise UnsupportedValueError(path, "tensor without data (meta or fake)", "Save its .shape instead.")
         if value.dtype not in NAMES:
             raise UnsupportedValueError(path, f"tensor of {value.dtype}", "Save .float() or .to(torch.int8) of it.")
-        return {"t": "tensor", **self._dense(tensor), **extra}
+        return self._views.add(tensor, {"t": "tensor", **extra})
 
     def _sparse(self, form: str, path: str, *parts: Any) -> Node:
         *tensors, shape, extra = parts
         return {"t": form, "parts": [self._tensor(t, path) for t in tensors], "shape": list(shape), **extra}
 
-    def _dense(self, tensor: torch.Tensor) -> dict[str, Any]:
-        tensor = tensor.resolve_conj().resolve_neg()
-        size, name = tensor.element_size(), NAMES[tensor.dtype]
-        group = self._groups.get(_storage_key(tensor)) if tensor.numel() and tensor.device.type == "cpu" else None
-        if group is not None and (tensor.storage_offset() * size - group[0]) % size == 0:
-            low, high, _ = group
-            number, _ = self._shared.get(_storage_key(tensor), (-1, 0))
-            if number < 0:
-                number = self._add(_raw(tensor, low, high))
-                self._shared[_storage_key(tensor)] = (number, low)
-            offset = (tensor.storage_offset() * size - low) // size
-            return {"d": name, "shape": list(tensor.shape), "stride": list(tensor.stride()), "o": offset, "s": number}
-        dense = tensor.cpu().contiguous()
-        low = dense.storage_offset() * size
-        data = _raw(dense, low, low + dense.numel() * size) if dense.numel() else memoryview(b"")
-        return {"d": name, "shape": list(dense.shape), "stride": list(dense.stride()), "o": 0, "s": self._add(data)}
-
-    def _survey(self, values: Mapping[str, Any]) -> None:
-        """Find the storages that are cheaper to ship once, as the span their views cover, than view by view."""
-        spans: dict[int, list[tuple[int, int, int]]] = {}
-        seen: set[int] = set()
-        stack: list[Any] = list(values.values())
-        while stack:
-            value = stack.pop()
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if isinstance(value, torch.Tensor):
-                if (
-                    value.layout is torch.strided
-                    and value.device.type == "cpu"
-                    and value.numel()
-                    and not value.is_nested
-                ):
-                    spans.setdefault(_storage_key(value), []).append(_span(value))
-            elif isinstance(value, Mapping):
-                stack.extend(value.values())
-            elif isinstance(value, list | tuple | set | frozenset):
-                stack.extend(value)
-        for key, views in spans.items():
-            low, high = min(v[0] for v in views), max(v[1] for v in views)
-            apart = sum(v[2] for v in views)
-            if high - low <= apart:
-                self._groups[key] = (low - low % 16, high, apart)
-
     def _add(self, data: memoryview) -> int:
         self.storages.append(data)
         return len(self.storages) - 1
-
-
-def _storage_key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """The first and the end byte of the storage that the view touches, and the bytes of a dense copy."""
-    size = tensor.element_size()
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset() * size
-    return start, start + (reach + 1) * size, tensor.numel() * size
-
-
-def _raw(tensor: torch.Tensor, low: int, high: int) -> memoryview:
-    """The bytes `low` to `high` of the tensor's storage, without a copy."""
-    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), low, (high - low,))
-    return memoryview(flat.numpy())
 
 
 def _name(kind: type) -> str:
@@ -289,10 +265,9 @@ def _is_scalar_subclass(value: Any, kind: type) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    for base in (dict, list, set, frozenset, str, int, float, bytes):
-        if isinstance(value, base):
-            return base(value)
-    return value
+    """The builtin value inside an instance of a subclass."""
+    base: Any = next(b for b in (dict, list, tuple, set, frozenset, str, int, float, bytes) if isinstance(value, b))
+    return base(value)
 
 
 def _encodable(text: str) -> bool:

@@ -1,42 +1,103 @@
-"""Rebuild nnsight's own data classes, without letting its import change this process.
+"""What `tracer.cache()` gave, with or without nnsight in this process.
 
-Importing nnsight mounts a `.save` on every object and patches glibc's backtrace; with lazily importing web frameworks the
-first breaks uploads. Where nnsight is not imported yet (the gateway), it is imported with both switched off.
+Importing nnsight mounts a `.save` on every object and patches torch, which breaks a web server's uploads; so reading a
+result never imports it. Where nnsight is loaded already its own `CacheView` is built; elsewhere a stand-in that is read
+the same way by path, and that `torchfile` writes as the real class.
 """
 
 from __future__ import annotations
 
 import sys
-import types
+from dataclasses import dataclass
 from typing import Any
 
-from edif_mesh.errors import ArchiveError
+CACHE_MODULE = "nnsight.intervention.cache"
+
+
+@dataclass
+class CachedVisit:
+    """One visit to a module: its output, and its `(args, kwargs)` when they were asked for."""
+
+    output: Any = None
+    inputs: Any = None
+
+    @property
+    def input(self) -> Any:
+        """The first input: positional, else by keyword."""
+        args, kwargs = self.inputs or ((), {})
+        return next(iter([*args, *kwargs.values()]), None)
+
+
+@dataclass
+class ActivationCache:
+    """Stand-in for nnsight's `CacheView`: `cache["model.transformer.h.0"].output`, `.inputs`, `keys()`, `len()`."""
+
+    entries: dict[str, list[CachedVisit]]
+    path: str | None = None
+
+    def keys(self) -> list[str]:
+        """The cached module paths."""
+        return [key for key in self.entries if self.path is None or key == self.path]
+
+    def __getitem__(self, path: str) -> ActivationCache:
+        if path not in self.entries:
+            raise KeyError(f"{path!r} was not cached")
+        return ActivationCache(self.entries, path)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.entries
+
+    def __len__(self) -> int:
+        return len(self._visits())
+
+    def _visits(self) -> list[CachedVisit]:
+        if self.path is None:
+            raise KeyError("the cache root is not a module")
+        return self.entries[self.path]
+
+    def _values(self, name: str) -> Any:
+        values = [getattr(visit, name) for visit in self._visits()]
+        return values[0] if len(values) == 1 else values
+
+    @property
+    def output(self) -> Any:
+        """The module's output, or a list of them when it was visited more than once."""
+        return self._values("output")
+
+    @property
+    def inputs(self) -> Any:
+        """The module's `(args, kwargs)`, or a list of them."""
+        return self._values("inputs")
+
+    @property
+    def input(self) -> Any:
+        """The module's first input, or a list of them."""
+        return self._values("input")
 
 
 def activation_cache(entries: dict[str, list[tuple[Any, Any]]]) -> Any:
-    """Return what `tracer.cache()` gives: a `CacheView` over `{module path: [(output, inputs), ...]}`."""
-    cache_module = _nnsight_cache()
-    cache = cache_module.Cache.__new__(cache_module.Cache)
-    visits = {
-        path: [cache_module.Entry(output=output, inputs=inputs) for output, inputs in found]
-        for path, found in entries.items()
+    """Return what `tracer.cache()` gives over `{module path: [(output, inputs), ...]}`."""
+    module = sys.modules.get(CACHE_MODULE)
+    if module is None:
+        return ActivationCache({path: [CachedVisit(*visit) for visit in found] for path, found in entries.items()})
+    visits = {path: [module.Entry(output=o, inputs=i) for o, i in found] for path, found in entries.items()}
+    cache = module.Cache.__new__(module.Cache)
+    cache.__dict__.update(cache_state(visits))
+    return module.CacheView(cache, None)
+
+
+def cache_state(visits: dict[str, list[Any]]) -> dict[str, Any]:
+    """The attributes of nnsight's `Cache` after it was pickled: no model, only what was recorded."""
+    inputs = any(visit.inputs is not None for found in visits.values() for visit in found)
+    return {
+        "model": None,
+        "device": None,
+        "dtype": None,
+        "detach": True,
+        "non_blocking": False,
+        "include_output": True,
+        "include_inputs": inputs,
+        "targets": None,
+        "entries": visits,
+        "_open": {},
     }
-    cache.__dict__.update(
-        model=None, device=None, dtype=None, detach=True, non_blocking=False, include_output=True,
-        include_inputs=any(entry.inputs is not None for found in visits.values() for entry in found),
-        targets=None, entries=visits, _open={},
-    )  # fmt: skip
-    return cache_module.CacheView(cache, None)
-
-
-def _nnsight_cache() -> Any:
-    if "nnsight" not in sys.modules:
-        quiet = types.ModuleType("nnsight._c")
-        quiet.mount = lambda *args: None  # type: ignore[attr-defined]
-        quiet.install_backtrace_guard = lambda: None  # type: ignore[attr-defined]
-        sys.modules["nnsight._c"] = quiet
-    try:
-        from nnsight.intervention import cache
-    except ImportError as error:
-        raise ArchiveError("This result holds a tracer.cache(); reading it needs nnsight installed here.") from error
-    return cache

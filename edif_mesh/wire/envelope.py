@@ -87,6 +87,12 @@ def open_envelope(
     return Opened(message, key, identity, envelope_digest(text))
 
 
+def kind_of(raw: bytes | str) -> str:
+    """Return the kind that an envelope says it carries (unproven); raises WireError. Used to choose what to expect."""
+    kind = _parts(raw if isinstance(raw, str) else _utf8(raw))[0]
+    return kind.removeprefix("application/vnd.edif.").partition(".")[0]
+
+
 def envelope_digest(text: str) -> Digest:
     """Return the SHA-256 of an envelope's exact bytes: the name of an order in grants, reports and manifests."""
     return Digest(hashlib.sha256(text.encode()).hexdigest())

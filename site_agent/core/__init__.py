@@ -1,1 +1,1 @@
-"""The agent's rules: plain functions over plain values; no I/O, no clock, no randomness."""
+"""The rules of a site: what it starts, stops and reports. Plain values; no I/O, no clock, no randomness."""

@@ -118,8 +118,9 @@ def _serve_forks(control: socket.socket, model: Any, payload: bytes | None, sett
     os.set_blocking(reader, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watched: list[Any] = [control, reader]
     while True:
-        ready, _, _ = select.select([control, reader], [], [])
+        ready, _, _ = select.select(watched, [], [])
         if reader in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(reader, 4096)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from edif_mesh.errors import ModelLoadError, RunnerError
 from site_agent.hosting.spec import HostFacts, ModelSpec
@@ -104,8 +105,9 @@ class ModelHost:
         if self._ready.empty() and len(self._unborn) + self._warming < self._waiting:
             self._fork()
         getting = asyncio.ensure_future(self._ready.get())
+        either: set[asyncio.Future[Any]] = {getting, self.closed}
         try:
-            await asyncio.wait({getting, self.closed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._waiting -= 1
             if not getting.done():
@@ -154,7 +156,7 @@ class ModelHost:
                 self.facts = HostFacts(**message["facts"])
                 return
 
-    async def _message(self) -> dict[str, object] | None:
+    async def _message(self) -> dict[str, Any] | None:
         data = await asyncio.get_running_loop().sock_recv(self._control, 64 << 10)
         return json.loads(data) if data else None
 

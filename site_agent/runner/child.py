@@ -83,9 +83,7 @@ def _serve_one(sock: socket.socket, model: Any, address_space: int) -> None:
         sock.sendall(pack_json(Kind.DONE, {"cpu_ms": int((time.process_time() - began) * 1000)}))
 
 
-def _run(
-    sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter
-) -> tuple[str, str] | None:
+def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter) -> tuple[str, str] | None:
     """Run the job; returns None after the result was sent, else the failure's code and text."""
     import torch
 
@@ -210,7 +208,9 @@ def _decompress(data: bytes, most: int) -> bytes:
     reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(data))
     while piece := reader.read(1 << 20):
         if result.tell() + len(piece) > most:
-            raise _TooLargeError(f"The payload is over {most / 1e6:,.1f} MB when decompressed, which is the limit here.")
+            raise _TooLargeError(
+                f"The payload is over {most / 1e6:,.1f} MB when decompressed, which is the limit here."
+            )
         result.write(piece)
     return result.getvalue()
 

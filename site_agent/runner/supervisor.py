@@ -243,8 +243,6 @@ class Runner:
             status = await asyncio.wait_for(asyncio.shield(self.exited), 2)
         except TimeoutError:
             return "host_lost", "The model's host process died under the job."
-        if self._killed_because is not None:
-            return self._killed_because
         if status == -signal.SIGXCPU:
             return "cpu_time", "The job used more processor time than its limit and was stopped."
         name = signal.Signals(-status).name if status < 0 else f"status {status}"

@@ -1,0 +1,140 @@
+"""Scheduling: give what is queued to the sites that fit, in order, as far as there is room. One pass a decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.core.decision import Draft, SendGrant
+from coordinator.core.placement import choose, judge
+from coordinator.core.state import AttemptRecord, JobRecord, Policy, SiteRecord, queue_key
+from edif_mesh.domain.attempt import AttemptStatus
+from edif_mesh.domain.ids import AttemptNumber, SiteId
+from edif_mesh.domain.job import Failure, JobStatus, Limits
+from edif_mesh.wire.messages import Grant, SiteVerdict
+
+
+@dataclass
+class Room:
+    """What is left at one site: its advert, less every attempt of ours that it may hold (the ledger)."""
+
+    slots: int
+    memory_bytes: int
+
+
+def schedule(draft: Draft) -> None:
+    """Place queued jobs until nothing more fits. A job that must wait never blocks one that another site can take."""
+    rooms = {site.site: room_at(draft, site) for site in draft.sites()}
+    if not any(room.slots > 0 for room in rooms.values()):
+        return
+    refused: set[tuple[object, ...]] = set()
+    for job in _queued(draft):
+        if job.not_before_ms > draft.now_ms:
+            continue
+        shape = _shape(job)
+        if shape in refused:
+            continue
+        verdicts = verdicts_for(draft, job, rooms)
+        best = choose(job, verdicts)
+        if best is None:
+            refused.add(shape)
+            continue
+        _grant(draft, job, best, verdicts)
+        rooms[best.site].slots -= 1
+        rooms[best.site].memory_bytes -= job.order.limits.memory_bytes
+        if not any(room.slots > 0 for room in rooms.values()):
+            return
+
+
+def verdicts_for(draft: Draft, job: JobRecord, rooms: dict[SiteId, Room] | None = None) -> tuple[SiteVerdict, ...]:
+    """Return every site's verdict on the job as things stand."""
+    run_ms = draft.state.run_ms.get(job.order.model.repo_id, 0.0)
+    result = []
+    for site in sorted(draft.sites(), key=lambda s: s.site):
+        room = rooms[site.site] if rooms is not None else room_at(draft, site)
+        result.append(
+            judge(
+                job.order,
+                site,
+                free_slots=room.slots,
+                free_memory_bytes=room.memory_bytes,
+                tried=site.site in job.tried,
+                run_ms=run_ms,
+            )
+        )
+    return tuple(result)
+
+
+def room_at(draft: Draft, site: SiteRecord) -> Room:
+    """Return the room at a site: never more than its advert states, less what the coordinator has given it."""
+    ours = draft.active_at(site.site)
+    memory = sum(_limits_of(draft, attempt).memory_bytes for attempt in ours)
+    return Room(site.advert.slots - len(ours), site.advert.memory_bytes - memory)
+
+
+def lease_end(policy: Policy, now_ms: int) -> int:
+    """Return when a lease that is granted or renewed now has lapsed for certain."""
+    return now_ms + policy.lease_ms + policy.margin_ms
+
+
+def _queued(draft: Draft) -> list[JobRecord]:
+    keys = list(draft.state.queue)
+    known = {key[2] for key in keys}
+    keys += [queue_key(j) for j in draft.changed_jobs() if j.status is JobStatus.QUEUED and j.job not in known]
+    found = [draft.job(key[2]) for key in sorted(keys)]
+    return [job for job in found if job is not None and job.status is JobStatus.QUEUED]
+
+
+def _shape(job: JobRecord) -> tuple[object, ...]:
+    """What decides whether a site fits, without the job's own name: equal shapes get equal answers in one pass."""
+    order = job.order
+    return (order.model, order.audience, order.limits, order.client.nnsight, job.tried)
+
+
+def _grant(draft: Draft, job: JobRecord, best: SiteVerdict, verdicts: tuple[SiteVerdict, ...]) -> None:
+    policy, now = draft.state.policy, draft.now_ms
+    number = AttemptNumber(job.attempt + 1)
+    if number > job.order.max_attempts:
+        draft.change_job(
+            job,
+            status=JobStatus.FAILED,
+            text=f"Given up: all {job.order.max_attempts} attempts that the order allows were used.",
+            failure=Failure(
+                "attempts_used_up", f"All {job.order.max_attempts} attempts that the order allows were used."
+            ),
+        )
+        return
+    attempt = AttemptRecord(
+        job=job.job,
+        attempt=number,
+        site=best.site,
+        status=AttemptStatus.GRANTED,
+        epoch=draft.state.epoch,
+        granted_at_ms=now,
+        deadline_at_ms=lease_end(policy, now),
+        sent_at_ms=now,
+        verdicts=verdicts,
+    )
+    draft.change_attempt(attempt)
+    draft.change_job(job, status=JobStatus.PLACED, attempt=number, text=f"Placed at {best.site} (attempt {number}).")
+    draft.send(grant_message(draft, job, attempt))
+
+
+def grant_message(draft: Draft, job: JobRecord, attempt: AttemptRecord) -> SendGrant:
+    """Return the grant of an attempt as it is to be signed and sent now."""
+    policy, epoch = draft.state.policy, draft.epoch or draft.state.epoch
+    grant = Grant(
+        order_digest=job.order_digest,
+        job=job.job,
+        site=attempt.site,
+        attempt=attempt.attempt,
+        epoch=epoch,
+        issued_at_ms=draft.now_ms,
+        lease_ms=policy.lease_ms,
+        expires_at_ms=draft.now_ms + policy.lease_ms,
+    )
+    return SendGrant(grant, job.order_envelope)
+
+
+def _limits_of(draft: Draft, attempt: AttemptRecord) -> Limits:
+    job = draft.job(attempt.job)
+    return job.order.limits if job is not None else Limits()

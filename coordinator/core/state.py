@@ -1,0 +1,244 @@
+"""What the coordinator knows: records (what storage keeps), the changes that make them, and the indexes over them."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from edif_mesh.domain.attempt import AttemptStatus, Receipt
+from edif_mesh.domain.ids import AttemptNumber, BootId, Digest, Epoch, FederationId, JobId, KeyId, SiteId
+from edif_mesh.domain.job import Failure, JobClass, JobStatus
+from edif_mesh.domain.site import SiteStatus
+from edif_mesh.wire.messages import Advert, Order, SiteVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The coordinator's times (ms) and bounds; from its settings, constant within a term."""
+
+    lease_ms: int = 30_000
+    margin_ms: int = 2_000
+    """What the coordinator waits beyond a lease: the site counts from before it heard of it."""
+    suspect_ms: int = 15_000
+    disconnect_grace_ms: int = 2_000
+    grant_repeat_ms: int = 1_000
+    max_losses: int = 4
+    """Attempts that a job may lose to sites (not to itself) before it fails."""
+    max_crashes: int = 2
+    """Runner crashes after which a job is quarantined."""
+    retry_backoff_ms: int = 500
+    max_payload_bytes: int = 1 << 30
+    max_freeze_ms: int = 120_000
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """One job, whole: the order as signed, where it stands, and what it has been through."""
+
+    job: JobId
+    version: int
+    status: JobStatus
+    order: Order
+    order_digest: Digest
+    order_envelope: str
+    owner: KeyId
+    owner_name: str
+    organisation: str
+    submitted_at_ms: int
+    updated_at_ms: int
+    attempt: AttemptNumber = AttemptNumber(0)
+    """The newest attempt's number; 0 before the first."""
+    losses: int = 0
+    crashes: int = 0
+    tried: tuple[SiteId, ...] = ()
+    """Sites where an attempt failed for a reason that is not the job's; used again only when no other is left."""
+    not_before_ms: int = 0
+    """Back-off: not placed before this instant."""
+    text: str = ""
+    failure: Failure | None = None
+    manifest: str | None = None
+    result_site: SiteId | None = None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job has ended for ever."""
+        return self.status.terminal
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One attempt: the fence that older reports lose against is its number, the term that granted it its epoch."""
+
+    job: JobId
+    attempt: AttemptNumber
+    site: SiteId
+    status: AttemptStatus
+    epoch: Epoch
+    granted_at_ms: int
+    deadline_at_ms: int
+    """When the lease has lapsed for certain, on the coordinator's clock."""
+    sent_at_ms: int = 0
+    answered: bool = False
+    boot: BootId | None = None
+    sequence: int = 0
+    missing: int = 0
+    """Adverts in a row that did not list it."""
+    started_at_ms: int | None = None
+    ended_at_ms: int | None = None
+    stop_reason: str | None = None
+    """Set while the site has still to be told to stop."""
+    detail: str = ""
+    failure: Failure | None = None
+    receipt: Receipt | None = None
+    verdicts: tuple[SiteVerdict, ...] = ()
+
+    @property
+    def active(self) -> bool:
+        """Whether it may still run, or still has to be stopped."""
+        return not self.status.terminal or self.stop_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One site as last heard."""
+
+    site: SiteId
+    status: SiteStatus
+    advert: Advert
+    seen_at_ms: int
+    disconnected_at_ms: int | None = None
+    trouble: int = 0
+    """Attempts lost or failed here by the site's fault, lately; falls with every success."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobChanged:
+    """The job's record is now this."""
+
+    record: JobRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptChanged:
+    """The attempt's record is now this."""
+
+    record: AttemptRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SiteChanged:
+    """The site's record is now this. `durable` is false for a mere sign of life, which storage may skip."""
+
+    record: SiteRecord
+    durable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TermChanged:
+    """A new term has begun."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """One line of the audit log: exactly one for each transition."""
+
+    at_ms: int
+    what: str
+    job: JobId | None = None
+    attempt: AttemptNumber | None = None
+    site: SiteId | None = None
+    text: str = ""
+
+
+Change = JobChanged | AttemptChanged | SiteChanged | TermChanged | Audited
+AttemptKey = tuple[JobId, AttemptNumber]
+QueueKey = tuple[int, int, JobId]
+
+
+def queue_key(job: JobRecord) -> QueueKey:
+    """Interactive before batch, then by time of submission."""
+    return (0 if job.order.job_class is JobClass.INTERACTIVE else 1, job.submitted_at_ms, job.job)
+
+
+@dataclass
+class MeshState:
+    """All records in memory, with the indexes that decisions need. Changed only by `evolve`."""
+
+    federation: FederationId
+    policy: Policy = field(default_factory=Policy)
+    epoch: Epoch = Epoch(0)
+    jobs: dict[JobId, JobRecord] = field(default_factory=dict)
+    attempts: dict[AttemptKey, AttemptRecord] = field(default_factory=dict)
+    sites: dict[SiteId, SiteRecord] = field(default_factory=dict)
+    queue: list[QueueKey] = field(default_factory=list)
+    active: dict[AttemptKey, None] = field(default_factory=dict)
+    active_at: dict[SiteId, set[AttemptKey]] = field(default_factory=dict)
+    expiries: list[tuple[int, JobId]] = field(default_factory=list)
+    run_ms: dict[str, float] = field(default_factory=dict)
+    """Moving average of run time by model, for the ETA."""
+    link_lost_at_ms: int | None = None
+    frozen_until_ms: int = 0
+    frozen_since_ms: int | None = None
+
+
+def evolve(state: MeshState, change: Change) -> None:
+    """Apply one recorded change: last write per key, indexes kept in step."""
+    match change:
+        case JobChanged(record):
+            _put_job(state, record)
+        case AttemptChanged(record):
+            _put_attempt(state, record)
+        case SiteChanged(record):
+            state.sites[record.site] = record
+        case TermChanged(epoch):
+            state.epoch = epoch
+        case Audited():
+            pass
+
+
+def forget_job(state: MeshState, job: JobId) -> None:
+    """Drop a terminal job from memory; its rows stay in storage."""
+    record = state.jobs.get(job)
+    if record is None or not record.terminal:
+        return
+    keys = [(job, AttemptNumber(number)) for number in range(1, record.attempt + 1)]
+    if any(key in state.active for key in keys):
+        return
+    del state.jobs[job]
+    for key in keys:
+        state.attempts.pop(key, None)
+
+
+def _put_job(state: MeshState, record: JobRecord) -> None:
+    old = state.jobs.get(record.job)
+    state.jobs[record.job] = record
+    was, now = old is not None and old.status is JobStatus.QUEUED, record.status is JobStatus.QUEUED
+    if was and not now:
+        assert old is not None
+        key = queue_key(old)
+        place = bisect_left(state.queue, key)
+        if place < len(state.queue) and state.queue[place] == key:
+            del state.queue[place]
+    elif now and not was:
+        insort(state.queue, queue_key(record))
+    if old is None and not record.terminal:
+        heapq.heappush(state.expiries, (record.order.expires_at_ms, record.job))
+
+
+def _put_attempt(state: MeshState, record: AttemptRecord) -> None:
+    key = (record.job, record.attempt)
+    state.attempts[key] = record
+    here = state.active_at.setdefault(record.site, set())
+    if record.active:
+        state.active[key] = None
+        here.add(key)
+    else:
+        state.active.pop(key, None)
+        here.discard(key)
+    if record.status is AttemptStatus.SUCCEEDED and record.receipt is not None and record.job in state.jobs:
+        model = state.jobs[record.job].order.model.repo_id
+        before = state.run_ms.get(model, float(record.receipt.wall_ms))
+        state.run_ms[model] = 0.8 * before + 0.2 * record.receipt.wall_ms

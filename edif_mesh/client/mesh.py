@@ -1,0 +1,234 @@
+"""The researcher's way into the mesh: submit, find, list. One `Mesh` holds one connection and may serve many jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edif_mesh.client.job import Job
+from edif_mesh.client.outbox import Outbox
+from edif_mesh.config import ClientConfig, home, load_config, read_password
+from edif_mesh.domain.ids import Digest, JobId, is_job_id, job_id
+from edif_mesh.domain.job import JobClass, Limits
+from edif_mesh.domain.site import ModelRef, Versions
+from edif_mesh.errors import EdifError, NoReplyError, NotConnectedError, NotFoundError, RefusedError, TransportError
+from edif_mesh.identity.keys import PrivateKey
+from edif_mesh.identity.trust import TrustStore
+from edif_mesh.results.payloads import put_payload
+from edif_mesh.transport.nats_bus import Connection, connect
+from edif_mesh.wire import subjects
+from edif_mesh.wire.envelope import Opened, envelope_digest, kind_of, open_envelope, seal
+from edif_mesh.wire.messages import (
+    AskJobs,
+    AskMesh,
+    Audience,
+    JobList,
+    JobSnapshot,
+    MeshView,
+    Message,
+    Order,
+    PayloadRef,
+    Refusal,
+)
+
+if TYPE_CHECKING:
+    from edif_mesh.client.backend import MeshBackend
+
+log = logging.getLogger(__name__)
+M = TypeVar("M")
+
+DEFAULT_VALID_MS = 24 * 3_600_000
+_ASK_TIMEOUT_MS = 3_000
+_APPEND_TIMEOUT_MS = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What to run, besides the payload's bytes."""
+
+    model: ModelRef
+    compressed: bool = False
+    uncompressed_bytes: int = 0
+    env: dict[str, str | None] | None = None
+    client: Versions = Versions()
+    limits: Limits = Limits()
+    audience: Audience = Audience()
+    name: str = ""
+    job_class: JobClass = JobClass.INTERACTIVE
+    max_attempts: int = 8
+    valid_ms: int = DEFAULT_VALID_MS
+
+
+class Mesh:
+    """An open way into the mesh: `async with Mesh.open() as mesh`. All methods belong to one event loop."""
+
+    def __init__(self, config: ClientConfig, key: PrivateKey, trust: TrustStore, connection: Connection) -> None:
+        self.config, self.key, self.trust = config, key, trust
+        self.bus, self.streams = connection.bus, connection.streams
+        self.outbox = Outbox(config.outbox_dir)
+        self._connection = connection
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    async def connect(cls, config: ClientConfig | Path | None = None, *, name: str = "client") -> Mesh:
+        """Connect with `config` (default: `client.toml` in `$EDIF_HOME`). Raises ConfigError, NotConnectedError."""
+        if not isinstance(config, ClientConfig):
+            config = load_config(ClientConfig, config or home() / "client.toml")
+        key, trust = PrivateKey.load(config.key_file), TrustStore.load(config.trust_file)
+        connection = await connect(
+            config.broker.url,
+            name=f"{name}:{key.id[:8]}",
+            user=config.broker.user,
+            password=read_password(config.broker),
+        )
+        return cls(config, key, trust, connection)
+
+    async def __aenter__(self) -> Mesh:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; jobs go on without us."""
+        for task in list(self._tasks):
+            task.cancel()
+        await self._connection.close()
+
+    # ------------------------------------------------------------------------------------------------------- jobs
+
+    async def submit(self, payload: bytes, spec: JobSpec) -> Job:
+        """Sign an order for `payload` and hand it to the mesh; returns once the broker keeps both durably.
+
+        The order waits in the outbox until the coordinator has recorded it; `Job.watch` tells when. Raises StoreFullError,
+        TransportError (the order is then still in the outbox and `flush_outbox` sends it).
+        """
+        now = now_ms()
+        job = job_id(now, secrets.randbits(48))
+        order = Order(
+            federation=self.config.federation,
+            job=job,
+            nonce=secrets.token_hex(8),
+            issued_at_ms=now,
+            not_before_ms=now,
+            expires_at_ms=now + spec.valid_ms,
+            payload=PayloadRef(
+                Digest(hashlib.sha256(payload).hexdigest()),
+                len(payload),
+                compressed=spec.compressed,
+                uncompressed_bytes=spec.uncompressed_bytes,
+            ),
+            model=spec.model,
+            client=spec.client,
+            env=spec.env or {},
+            audience=spec.audience,
+            max_attempts=spec.max_attempts,
+            limits=spec.limits,
+            job_class=spec.job_class,
+            name=spec.name,
+        )
+        envelope = seal(order, self.key)
+        handle = Job(self, job, envelope_digest(envelope))
+        keeping = asyncio.to_thread(self.outbox.keep, job, envelope, payload)
+        await asyncio.gather(keeping, handle.start_watching())
+        await self._send_order(job, envelope, payload)
+        return handle
+
+    def job(self, job: str) -> Job:
+        """Return the handle of a job that was submitted earlier, here or elsewhere; raises NotFoundError for a bad id."""
+        if not is_job_id(job):
+            raise NotFoundError(f"{job[:60]!r} is no job id; it looks like j0192f3c4d5e6a1b2c3d4e5f.")
+        envelope = self.outbox.order(JobId(job))
+        return Job(self, JobId(job), envelope_digest(envelope) if envelope else None)
+
+    async def jobs(self, limit: int = 50) -> tuple[JobSnapshot, ...]:
+        """Return this key's jobs, newest first."""
+        return (await self.ask(AskJobs(now_ms(), limit), JobList)).jobs
+
+    async def view(self) -> MeshView:
+        """Return all sites and models."""
+        return await self.ask(AskMesh(now_ms()), MeshView)
+
+    async def flush_outbox(self) -> list[JobId]:
+        """Send again what a crash left unrecorded; returns those jobs."""
+        waiting = self.outbox.unrecorded()
+        for job in waiting:
+            await self.resend(job)
+        return waiting
+
+    async def resend(self, job: JobId) -> bool:
+        """Publish a kept order again; returns whether there was one. Harmless when it had arrived."""
+        envelope, payload = self.outbox.order(job), self.outbox.payload(job)
+        if envelope is None or payload is None:
+            return False
+        await self._send_order(job, envelope, payload, again=True)
+        return True
+
+    def backend(self, model: Any, **options: Any) -> MeshBackend:
+        """Return an nnsight backend: `with model.trace(prompt, backend=mesh.backend(model)) as tracer: ...`."""
+        from edif_mesh.client.backend import MeshBackend
+
+        return MeshBackend(self, model, **options)
+
+    # ------------------------------------------------------------------------------------------------------ messages
+
+    async def ask(self, question: Message, expected: type[M]) -> M:
+        """Ask the leading coordinator and return its verified answer.
+
+        Raises RefusedError with the coordinator's sentence, NoReplyError when none leads at present.
+        """
+        try:
+            raw = await self.bus.request(subjects.ask(), seal(question, self.key).encode(), timeout_ms=_ASK_TIMEOUT_MS)
+        except NoReplyError as error:
+            raise NoReplyError(
+                "No coordinator answers at present. It may be restarting; your jobs are kept."
+            ) from error
+        if kind_of(raw) == "refusal":
+            failure = self.open(raw, Refusal).message.failure
+            kind = NotFoundError if failure.code == "not_found" else RefusedError
+            refused = kind(failure.text)
+            refused.code = failure.code
+            raise refused
+        return self.open(raw, expected).message
+
+    def open(self, raw: bytes | str, expected: type[M]) -> Opened[M]:
+        """Verify an envelope against our own trust store."""
+        self.trust.refresh()
+        return open_envelope(raw, expected, self.trust, now_ms())
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Run something beside us until `close`."""
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _send_order(self, job: JobId, envelope: str, payload: bytes, *, again: bool = False) -> None:
+        try:
+            await put_payload(self.streams, job, payload)
+            # A repeated order has another message id: the broker may have dropped the first one's effect long ago.
+            message_id = f"{job}-{secrets.token_hex(4)}" if again else str(job)
+            await self.streams.append(
+                subjects.order(self.key.id), envelope.encode(), message_id=message_id, timeout_ms=_APPEND_TIMEOUT_MS
+            )
+        except NotConnectedError as error:
+            raise TransportError(
+                f"The broker is not reachable; the job {job} waits in the outbox. ({error})"
+            ) from error
+
+
+def now_ms() -> int:
+    """Return the time, Unix UTC, in ms."""
+    return time.time_ns() // 1_000_000
+
+
+__all__ = ["EdifError", "JobSpec", "Mesh", "now_ms"]

@@ -1,0 +1,81 @@
+"""Which bytes of which storages an archive ships: each view alone, or the span that several views share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from edif_mesh.results.archive_types import MAX_REPEAT, NAMES, SMALL_BYTES
+
+Node = dict[str, Any]
+
+
+class Views:
+    """Collects the tensors of one result, then gives each its storage, offset and strides.
+
+    Views of one storage that cover no less than their span keep sharing it. A lone `logits[0, -1]` ships its own
+    numbers only. Views of two dtypes on one storage are shipped apart.
+    """
+
+    def __init__(self, add_storage: Callable[[memoryview], int]) -> None:
+        self._add_storage = add_storage
+        self._groups: dict[tuple[int, torch.dtype], list[tuple[torch.Tensor, Node]]] = {}
+
+    def add(self, tensor: torch.Tensor, node: Node) -> Node:
+        """Take a detached strided tensor; `node` is completed by `place` and returned at once."""
+        tensor = tensor.resolve_conj().resolve_neg()
+        if tensor.device.type != "cpu" or not tensor.numel() or _repeats_too_much(tensor):
+            tensor = tensor.cpu().contiguous()
+        self._groups.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append((tensor, node))
+        return node
+
+    def place(self) -> None:
+        """Complete every node, in the order in which storages were first met."""
+        for views in self._groups.values():
+            spans = [_span(tensor) for tensor, _ in views if tensor.numel()]
+            low, high = min((s[0] for s in spans), default=0), max((s[1] for s in spans), default=0)
+            if spans and high - low <= sum(s[2] for s in spans):
+                self._share(views, low, high)
+            else:
+                for tensor, node in views:
+                    self._alone(tensor, node)
+
+    def _share(self, views: list[tuple[torch.Tensor, Node]], low: int, high: int) -> None:
+        number = self._add_storage(_raw(views[0][0], low, high))
+        for tensor, node in views:
+            offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
+            _complete(node, tensor, offset, number)
+
+    def _alone(self, tensor: torch.Tensor, node: Node) -> None:
+        dense = tensor.contiguous()
+        low = dense.storage_offset() * dense.element_size()
+        data = _raw(dense, low, low + dense.numel() * dense.element_size()) if dense.numel() else memoryview(b"")
+        _complete(node, dense, 0, self._add_storage(data))
+
+
+def _complete(node: Node, tensor: torch.Tensor, offset: int, storage: int) -> None:
+    node.update(
+        d=NAMES[tensor.dtype], shape=list(tensor.shape), stride=list(tensor.stride()), o=offset, s=storage
+    )  # fmt: skip
+
+
+def _repeats_too_much(tensor: torch.Tensor) -> bool:
+    low, high, dense = _span(tensor)
+    return dense > SMALL_BYTES and dense > MAX_REPEAT * (high - low)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """The first and the end byte of the storage that the view touches, and the bytes of a dense copy."""
+    size = tensor.element_size()
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * size
+    return start, start + (reach + 1) * size, math.prod(tensor.shape) * size
+
+
+def _raw(tensor: torch.Tensor, low: int, high: int) -> memoryview:
+    """The bytes `low` to `high` of the tensor's storage, without a copy."""
+    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), low, (high - low,))
+    return memoryview(flat.numpy())

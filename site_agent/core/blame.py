@@ -1,0 +1,26 @@
+"""Whose fault a runner's end is; it decides whether another site tries the job."""
+
+from __future__ import annotations
+
+from edif_mesh.domain.attempt import Blame
+
+_USER = frozenset(
+    {
+        "user_error",
+        "bad_payload",
+        "unsupported_value",
+        "result_too_large",
+        "wall_time",
+        "cpu_time",
+        "out_of_memory",
+        "payload_too_large",
+    }
+)
+_RUNNER = frozenset({"runner_crashed", "protocol"})
+
+
+def blame_of(code: str) -> Blame:
+    """Return who is to blame for a runner that ended with `code`; a code that nobody knows is the site's fault."""
+    if code in _USER:
+        return Blame.USER
+    return Blame.RUNNER if code in _RUNNER else Blame.SITE

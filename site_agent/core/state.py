@@ -1,0 +1,125 @@
+"""What the agent knows: attempts held, models offered, pairs seen. Changed only by `changes.evolve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edif_mesh.domain.attempt import AttemptStatus
+from edif_mesh.domain.ids import AttemptNumber, BootId, Digest, Epoch, FederationId, JobId, SiteId
+from edif_mesh.domain.job import Limits
+from edif_mesh.domain.site import Device, ModelOffer, ModelState, SiteStatus, Versions
+from edif_mesh.wire.messages import Order
+
+AttemptKey = tuple[JobId, AttemptNumber]
+Pair = tuple[Digest, AttemptNumber]
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """One reading of both clocks. Windows of time use the wall clock, leases and backoff the monotonic one."""
+
+    wall_ms: int
+    """Unix, UTC."""
+    monotonic_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the site's operator has settled."""
+
+    federation: FederationId
+    site: SiteId
+    country: str
+    slots: int
+    memory_bytes: int
+    """For all runners together, beyond the loaded weights."""
+    limits: Limits
+    advert_ms: int
+    codecs: tuple[str, ...] = ("nnsight-0.8",)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One attempt that this run of the agent has accepted and not yet ended."""
+
+    job: JobId
+    attempt: AttemptNumber
+    digest: Digest
+    order: Order
+    epoch: Epoch
+    lease_until_ms: int
+    """Monotonic."""
+    after_advert: int
+    """The number of the last advert before it was accepted: only later ones named it to the coordinator."""
+    status: AttemptStatus = AttemptStatus.ACCEPTED
+    sequence: int = 0
+    """Of the last report."""
+    started: bool = False
+    """Its model is loaded and the shell runs it."""
+    computed: bool = False
+    """The runner has ended; what is left is to deliver its result. It uses no slot and no lease ends it."""
+
+    @property
+    def key(self) -> AttemptKey:
+        """What names it at this site."""
+        return (self.job, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model of the catalogue."""
+
+    offer: ModelOffer
+    preload: bool = True
+    failures: int = 0
+    """Failed loads and lost hosts in a row."""
+    retry_at_ms: int = 0
+    """Monotonic; not loaded again before."""
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a host is ready."""
+        return self.offer.state is ModelState.LOADED
+
+
+@dataclass(slots=True)
+class State:
+    """Everything the core decides from; a plain value that only `evolve` changes."""
+
+    policy: Policy
+    boot: BootId
+    devices: tuple[Device, ...] = ()
+    versions: Versions = Versions()
+    sandbox: str = ""
+    """The confinement profile that passed its self-test; empty: this site runs nothing."""
+    status: SiteStatus = SiteStatus.ACTIVE
+    epoch: Epoch = Epoch(0)
+    """The highest seen; never falls."""
+    advert_sequence: int = 0
+    renewed_sequence: int = 0
+    """Of the newest advert whose answer has been applied."""
+    held: dict[AttemptKey, Held] = field(default_factory=dict)
+    seen: dict[Pair, int] = field(default_factory=dict)
+    """Every accepted or declined pair, with the instant (Unix ms) at which its order can no longer start."""
+    barred: dict[AttemptKey, int] = field(default_factory=dict)
+    """Attempts that were stopped before their grant came, with the instant at which that is forgotten."""
+    unsent: dict[AttemptKey, int] = field(default_factory=dict)
+    """The sequence of the newest report of each attempt that waits for its acknowledgement."""
+    models: dict[str, Model] = field(default_factory=dict)
+    """By repo id."""
+    note: str = ""
+
+    @property
+    def computing(self) -> list[Held]:
+        """The attempts that use a slot."""
+        return [item for item in self.held.values() if not item.computed]
+
+    @property
+    def free_slots(self) -> int:
+        """How many more attempts may be accepted now."""
+        return max(0, self.policy.slots - len(self.computing))
+
+    @property
+    def free_memory_bytes(self) -> int:
+        """What running attempts have not reserved."""
+        return max(0, self.policy.memory_bytes - sum(item.order.limits.memory_bytes for item in self.computing))

@@ -1,0 +1,237 @@
+"""Running attempts: payload in, a lent runner, result out; every turn of it goes to the core as an event."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from edif_mesh.domain.attempt import Blame, Receipt
+from edif_mesh.domain.ids import SiteId
+from edif_mesh.domain.job import Failure, Limits
+from edif_mesh.errors import ChunkError, EdifError, NotFoundError, ResultError, RunnerError, StoreFullError
+from edif_mesh.identity.keys import PrivateKey
+from edif_mesh.transport.ports import Streams
+from edif_mesh.wire.envelope import seal
+from edif_mesh.wire.messages import Manifest, Order
+from site_agent.core.blame import blame_of
+from site_agent.core.events import (
+    AttemptComputed,
+    AttemptFailed,
+    AttemptStarted,
+    AttemptSucceeded,
+    Event,
+    PayloadRefused,
+)
+from site_agent.core.state import AttemptKey, Held
+from site_agent.runner.events import (
+    ResultChunk,
+    ResultOpened,
+    RunnerFailed,
+    RunnerLog,
+    RunnerStarted,
+    RunnerSucceeded,
+)
+from site_agent.runner.supervisor import Runner, RunOptions
+from site_agent.shell.bulk import CHUNK_BYTES, Bulk, Stored
+from site_agent.shell.logs import LogSender
+from site_agent.shell.loop import read_clocks
+from site_agent.shell.models import ModelKeeper
+from site_agent.shell.spool import Spool
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What every attempt works with."""
+
+    site: SiteId
+    key: PrivateKey
+    streams: Streams
+    """For log lines."""
+    bulk: Bulk
+    models: ModelKeeper
+    limits: Limits
+    threads: int
+    spool_dir: Path
+    tell: Callable[[Event], Awaitable[object]]
+
+
+class Attempts:
+    """The attempts that run now, one task each."""
+
+    def __init__(self, equipment: Equipment) -> None:
+        self._with = equipment
+        self._fetching: dict[AttemptKey, asyncio.Task[bytes]] = {}
+        self._running: dict[AttemptKey, AttemptTask] = {}
+
+    def prepare(self, held: Held) -> None:
+        """Begin to fetch the payload: the acceptance is not on the disk yet, and may still fail."""
+        if held.key not in self._fetching and held.key not in self._running:
+            fetch = self._with.bulk.payload(held.job, held.order.payload)
+            self._fetching[held.key] = asyncio.create_task(fetch, name=f"payload {held.job}")
+
+    def start(self, held: Held) -> None:
+        """Run an accepted attempt; its events follow. Idempotent."""
+        if held.key in self._running:
+            return
+        self.prepare(held)
+        attempt = AttemptTask(held, self._with, self._fetching.pop(held.key))
+        self._running[held.key] = attempt
+        attempt.task.add_done_callback(lambda _: self._running.pop(held.key, None))
+
+    def kill(self, key: AttemptKey, reason: str) -> None:
+        """End it at once; the core has already said its last word."""
+        if (attempt := self._running.get(key)) is not None:
+            attempt.kill(reason)
+
+    def forget(self, keys: set[AttemptKey]) -> None:
+        """Drop payloads that were fetched for attempts that are not held after all."""
+        for key in [key for key in self._fetching if key not in keys]:
+            self._fetching.pop(key).cancel()
+
+    async def finished(self) -> None:
+        """Wait until none is left."""
+        while self._running:
+            await asyncio.wait([attempt.task for attempt in self._running.values()])
+
+    async def close(self) -> None:
+        """End everything."""
+        tasks = [attempt.task for attempt in self._running.values()]
+        for attempt in list(self._running.values()):
+            attempt.kill("the agent ends")
+        self.forget(set())
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class AttemptTask:
+    """One attempt from its payload to its last event."""
+
+    def __init__(self, held: Held, equipment: Equipment, payload: asyncio.Task[bytes]) -> None:
+        self._held, self._with, self._payload = held, equipment, payload
+        self._runner: Runner | None = None
+        self._logs = LogSender(held.key, equipment.site, equipment.key, equipment.streams)
+        self._spool = Spool(equipment.spool_dir)
+        self._upload: asyncio.Task[Stored] | None = None
+        self.task = asyncio.create_task(self._guarded(), name=f"attempt {held.job}.{held.attempt}")
+
+    def kill(self, reason: str) -> None:
+        """Kill the runner and stop sending its result."""
+        if self._runner is not None:
+            self._runner.kill(reason, f"The attempt was stopped: {reason}.")
+        self.task.cancel()
+
+    async def _guarded(self) -> None:
+        key, repo_id = self._held.key, self._held.order.model.repo_id
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            log.info("attempt stopped", extra={"job": key[0], "attempt": key[1]})
+        except StoreFullError as error:
+            await self._fail(Failure("store_full", str(error)), Blame.SITE)
+        except RunnerError as error:
+            await self._fail(Failure("host_lost", str(error)), Blame.SITE)
+        except Exception as error:
+            log.exception("attempt failed", extra={"job": key[0], "attempt": key[1]})
+            code = error.code if isinstance(error, EdifError) else "internal"
+            await self._fail(Failure(code, f"The site failed: {error}"), Blame.SITE)
+        finally:
+            self._payload.cancel()
+            if self._upload is not None:
+                self._upload.cancel()
+            if self._runner is not None:
+                self._runner.discard()
+            self._spool.close()
+            self._with.models.replenish(repo_id)
+
+    async def _run(self) -> None:
+        held, lending = self._held, asyncio.create_task(self._with.models.lend(self._held.order.model.repo_id))
+        try:
+            payload = await self._payload
+            self._runner = await lending
+        except (ResultError, NotFoundError) as error:
+            self._runner = await lending
+            code = "payload_mismatch" if isinstance(error, ChunkError) else error.code
+            await self._with.tell(PayloadRefused(held.key, Failure(code, str(error))))
+            return
+        finally:
+            lending.cancel()
+        receipt = await self._compute(payload)
+        if receipt is None:
+            return
+        log.info("attempt computed", extra={"job": held.job, "attempt": held.attempt, "bytes": receipt.result_bytes})
+        await self._with.tell(AttemptComputed(held.key))
+        self._with.models.replenish(held.order.model.repo_id)
+        assert self._upload is not None
+        stored, _ = await asyncio.gather(self._upload, self._logs.close())
+        await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
+
+    async def _compute(self, payload: bytes) -> Receipt | None:
+        """Run the payload; return the receipt when the whole archive is in the spool, None when it failed."""
+        assert self._runner is not None
+        key = self._held.key
+        async with aclosing(self._runner.run(payload, self._options())) as happenings:  # type: ignore[type-var]
+            async for event in happenings:
+                match event:
+                    case RunnerStarted():
+                        await self._with.tell(AttemptStarted(key))
+                    case RunnerLog(text):
+                        self._logs.add(text)
+                    case ResultOpened():
+                        self._upload = asyncio.create_task(self._with.bulk.store(key, self._spool), name=f"up {key[0]}")
+                    case ResultChunk(data):
+                        await self._spool.put(data)
+                    case RunnerFailed(code, text, receipt):
+                        await self._logs.close()
+                        await self._fail(Failure(code, text), blame_of(code), receipt)
+                        return None
+                    case RunnerSucceeded(receipt):
+                        self._spool.end()
+                        return receipt
+        return None
+
+    def _options(self) -> RunOptions:
+        order, site = self._held.order, self._with.limits
+        asked = order.limits
+        return RunOptions(
+            compressed=order.payload.compressed,
+            env=dict(order.env),
+            limits=Limits(
+                wall_ms=min(asked.wall_ms, site.wall_ms),
+                memory_bytes=min(asked.memory_bytes, site.memory_bytes),
+                result_bytes=min(asked.result_bytes, site.result_bytes),
+                log_bytes=min(asked.log_bytes, site.log_bytes),
+            ),
+            max_payload_bytes=_most_payload(order),
+            threads=self._with.threads,
+            chunk_bytes=CHUNK_BYTES,
+        )
+
+    def _manifest(self, stored: Stored, receipt: Receipt) -> str:
+        held = self._held
+        manifest = Manifest(
+            order_digest=held.digest,
+            job=held.job,
+            attempt=held.attempt,
+            site=self._with.site,
+            archive_bytes=stored.archive_bytes,
+            chunk_bytes=stored.chunk_bytes,
+            chunks=stored.chunks,
+            root=stored.root,
+            issued_at_ms=read_clocks().wall_ms,
+            receipt=receipt,
+        )
+        return seal(manifest, self._with.key)
+
+    async def _fail(self, failure: Failure, blame: Blame, receipt: Receipt | None = None) -> None:
+        await self._with.tell(AttemptFailed(self._held.key, failure, blame, receipt))
+
+
+def _most_payload(order: Order) -> int:
+    """The runner stops decompressing at what the researcher declared, never beyond 1 GiB."""
+    declared = order.payload.uncompressed_bytes or order.payload.size_bytes
+    return min(1 << 30, declared if order.payload.compressed else order.payload.size_bytes)

@@ -1,0 +1,114 @@
+"""What would keep this site from working: one finding a line, each with what to type."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+
+from edif_mesh.config import SiteConfig, read_password
+from edif_mesh.errors import EdifError
+from edif_mesh.identity.keys import PrivateKey
+from edif_mesh.identity.trust import TrustStore
+from edif_mesh.transport.nats_bus import connect
+from edif_mesh.wire.messages import Role
+from site_agent import hardware
+from site_agent.runner.confine import find_profile
+from site_agent.shell.catalogue import catalogue
+
+Finding = tuple[str, str]
+"""`ok`, `warn` or `fail`, and a sentence."""
+
+
+async def checks(config: SiteConfig) -> AsyncIterator[Finding]:
+    """Yield the findings in the order in which an operator would mend them."""
+    for finding in (*_identity(config), _sandbox(), *_hardware(config), *_models(config), _state(config)):
+        yield finding
+    yield await _broker(config)
+
+
+def _identity(config: SiteConfig) -> list[Finding]:
+    findings: list[Finding] = []
+    try:
+        key = PrivateKey.load(config.key_file)
+        findings.append(("ok", f"key {key.id} of {config.site}, federation {config.federation}"))
+    except EdifError as error:
+        return [("fail", str(error))]
+    try:
+        trust = TrustStore.load(config.trust_file)
+    except EdifError as error:
+        return [*findings, ("fail", str(error))]
+    if trust.federation != config.federation:
+        return [*findings, ("fail", f"{config.trust_file} is of the federation {trust.federation}.")]
+    count = {role: sum(1 for item in trust.identities() if item.role is role) for role in Role}
+    if not count[Role.COORDINATOR]:
+        findings.append(("fail", f"{config.trust_file} names no coordinator: nothing could be granted here."))
+    people = count[Role.RESEARCHER] + count[Role.GATEWAY]
+    findings.append(("ok" if people else "warn", f"{people} researchers and gateways are trusted here"))
+    return findings
+
+
+def _sandbox() -> Finding:
+    try:
+        return "ok", f"sandbox {find_profile().sentence()}"
+    except EdifError as error:
+        return "fail", str(error)
+
+
+def _hardware(config: SiteConfig) -> list[Finding]:
+    found: list[Finding] = [
+        ("ok", f"{device.kind} {device.name}, {device.free_bytes / 1e9:.1f} of {device.memory_bytes / 1e9:.1f} GB free")
+        for device in hardware.devices()
+    ]
+    cores = os.cpu_count() or 1
+    if config.slots * config.threads > cores:
+        found.append(
+            ("warn", f"{config.slots} slots x {config.threads} threads are more than the {cores} cores; lower either")
+        )
+    most = config.memory_bytes or int(hardware.free_memory_bytes() * 0.8)
+    if config.limits.memory_bytes > most:
+        found.append(
+            (
+                "warn",
+                f"an order may ask for {config.limits.memory_bytes / 1e9:.1f} GB, but only {most / 1e9:.1f} GB are "
+                "set aside for runners: set limits.memory_bytes lower, or memory_bytes higher",
+            )
+        )
+    return found
+
+
+def _models(config: SiteConfig) -> list[Finding]:
+    found: list[Finding] = []
+    for entry in catalogue(config):
+        offer = entry.offer
+        size = f"{offer.weights_bytes / 1e9:.2f} GB, {offer.dtype}"
+        found.append(
+            ("fail", entry.problem) if entry.problem else ("ok", f"{offer.repo_id} {offer.revision[:12]} {size}")
+        )
+    return found or [("fail", "no model is configured: add a [[models]] table with a repo_id")]
+
+
+def _state(config: SiteConfig) -> Finding:
+    folder = config.state_dir
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return "fail", f"{folder} cannot be written; the journal would go to {config.state_dir}"
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    return ("ok" if free > 10 << 30 else "warn"), f"{free / 1e9:.1f} GB free for journal and waiting results"
+
+
+async def _broker(config: SiteConfig) -> Finding:
+    broker = config.broker
+    try:
+        link = await connect(
+            broker.url,
+            name=f"site {config.site} check",
+            user=broker.user,
+            password=read_password(broker),
+            timeout_ms=3_000,
+        )
+    except EdifError as error:
+        return "fail", str(error)
+    await link.close()
+    return "ok", f"broker {broker.url} answers"

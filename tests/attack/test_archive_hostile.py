@@ -1,0 +1,204 @@
+"""An archive from a hostile child: every lie is an ArchiveError, and no number in it makes the reader allocate."""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import resource
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import edif_mesh.results
+from edif_mesh.errors import ArchiveError
+from edif_mesh.results.archive import MAGIC, StreamingReader, plan, read
+
+BIG = 10**18
+
+
+def forged(tree: Any, data: bytes = b"", *, text: bytes | None = None) -> bytes:
+    """An archive with this tree, honest in its layout (one storage at most) and nowhere else."""
+    header = json.dumps(tree).encode() if text is None else text
+    head = struct.pack("<8sI", MAGIC, len(header)) + header
+    return head + bytes(-len(head) % 64) + data if data else head
+
+
+def one(node: Any, data: bytes = bytes(64)) -> bytes:
+    return forged({"values": [["x", node]], "storages": [len(data)] if data else []}, data)
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    return {"t": "tensor", "d": "float32", "shape": [4, 4], "stride": [4, 1], "o": 0, "s": 0} | changes
+
+
+def array(**changes: Any) -> dict[str, Any]:
+    return {"t": "ndarray", "d": "<f4", "shape": [16], "s": 0} | changes
+
+
+def references(kind: str, levels: int) -> list[Any]:
+    nodes: list[Any] = [["v0", {"t": kind, "v": [1]}]]
+    for level in range(levels):
+        nodes.append([f"v{level + 1}", {"t": kind, "v": [{"t": "ref", "i": level}, {"t": "ref", "i": level}]}])
+    return nodes
+
+
+def test_the_forger_can_write_an_honest_archive() -> None:
+    assert read(one(tensor()))["x"].shape == (4, 4)
+    assert read(one(array()))["x"].shape == (16,)
+
+
+LIES: dict[str, bytes] = {
+    "nothing": b"",
+    "short": MAGIC,
+    "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    "header of 4 GiB": struct.pack("<8sI", MAGIC, 0xFFFFFFFF) + b"{}",
+    "not json": forged(None, text=b"{'values'"),
+    "not utf-8": forged(None, text=b'{"values":[["\xff",1]],"storages":[]}'),
+    "NaN": forged(None, text=b'{"values":[["a",NaN]],"storages":[]}'),
+    "duplicate key": forged(None, text=b'{"values":[],"values":[["a",1]],"storages":[]}'),
+    "duplicate key deep": forged(None, text=b'{"values":[["a",{"t":"int","v":"0x1","v":"0x2"}]],"storages":[]}'),
+    "deep json": forged(None, text=b'{"values":' + b"[" * 100_000 + b"]" * 100_000 + b',"storages":[]}'),
+    "digits": forged(None, text=b'{"values":[["a",' + b"9" * 100_000 + b']],"storages":[]}'),
+    "same name twice": forged({"values": [["a", 1], ["a", 2]], "storages": []}),
+    "values no list": forged({"values": {}, "storages": []}),
+    "storages negative": forged({"values": [], "storages": [-64]}),
+    "storages huge": forged({"values": [], "storages": [BIG]}),
+    "storages bool": forged({"values": [], "storages": [True]}),
+    "storages absent": forged({"values": [], "storages": [1 << 40]}),
+    "trailing bytes": forged({"values": [], "storages": []}) + b"x",
+    "deep tree": one(json.loads('{"t":"list","v":[' * 120 + "]}" * 120), b""),
+    "unknown kind": one({"t": "pickle", "v": "x"}),
+    "kind is a list": one({"t": [], "v": "x"}),
+    "node is a list": one([1]),
+    "reference ahead": one({"t": "ref", "i": 0}),
+    "reference negative": one({"t": "list", "v": [{"t": "list", "v": []}, {"t": "ref", "i": -1}]}),
+    "references explode": forged({"values": references("list", 60), "storages": []}),
+    "hash explodes": forged({"values": [*references("tuple", 20), ["s", {"t": "set", "v": [{"t": "ref", "i": 20}]}]], "storages": []}),
+    "references too deep": forged({"values": [["v0", {"t": "list", "v": []}]] + [[f"v{i + 1}", {"t": "tuple", "v": [{"t": "ref", "i": i}]}] for i in range(200)], "storages": []}),
+    "unhashable key": one({"t": "set", "v": [{"t": "list", "v": []}]}),
+    "double set member": one({"t": "set", "v": [1, 1]}),
+    "double key": one({"t": "dict", "v": [[1, 2], [1, 3]]}),
+    "half pair": one({"t": "dict", "v": [[1]]}),
+    "dunder attribute": one({"t": "object", "c": "a.B", "v": [["__class__", 1]]}),
+    "namedtuple code": one({"t": "namedtuple", "c": "a.B", "v": [["x=__import__('os')", 1]]}),
+    "torch return": one({"t": "torch_return", "c": "__loader__", "v": []}),
+    "torch return length": one({"t": "torch_return", "c": "topk", "v": [1]}),
+    "device": one({"t": "device", "v": "nowhere"}),
+    "dtype": one({"t": "dtype", "v": "load"}),
+    "float": one({"t": "float", "v": "1"}),
+    "surrogates": one({"t": "surrogates", "v": [1 << 40]}),
+    "bytes without storage": one({"t": "bytes", "s": 7}),
+    "tensor dtype": one(tensor(d="qint8")),
+    "tensor dtype list": one(tensor(d=["float32"])),
+    "tensor storage": one(tensor(s=1)),
+    "tensor storage negative": one(tensor(s=-1)),
+    "tensor storage bool": one(tensor(s=False)),
+    "tensor shape": one(tensor(shape=[4, 5])),
+    "tensor shape giant": one(tensor(shape=[BIG, BIG])),
+    "tensor shape negative": one(tensor(shape=[-4, -4])),
+    "tensor shape float": one(tensor(shape=[4.0, 4])),
+    "tensor stride 1e18": one(tensor(stride=[BIG, 1])),
+    "tensor stride negative": one(tensor(stride=[-4, 1])),
+    "tensor stride short": one(tensor(stride=[1])),
+    "tensor offset": one(tensor(o=1)),
+    "tensor offset negative": one(tensor(o=-1)),
+    "tensor repeats": one(tensor(shape=[1 << 20, 1 << 20], stride=[0, 0])),
+    "tensor overflows": one(tensor(shape=[1 << 40, 1 << 40], stride=[0, 0])),
+    "tensor dimensions": one(tensor(shape=[1] * 65, stride=[1] * 65)),
+    "empty giant": one(tensor(shape=[0, 1 << 47, 1 << 47], stride=[1, 1 << 62, 1])),
+    "bool bytes": one(tensor(d="bool", shape=[64], stride=[1]), b"\x02" * 64),
+    "gradient of ints": one(tensor(d="int32", g=True)),
+    "coo index": one({"t": "coo", "shape": [2], "parts": [tensor(d="int64", shape=[1, 8], stride=[8, 1]), tensor(shape=[8], stride=[1])]}, b"\x7f" * 64),
+    "csr rows": one({"t": "csr", "shape": [7, 4], "parts": [tensor(d="int64", shape=[8], stride=[1])] * 2 + [tensor(shape=[8], stride=[1])]}, b"\x05" * 64),
+    "numpy objects": one(array(d="|O8", shape=[8])),
+    "numpy structure": one(array(d="f4,O", shape=[8])),
+    "numpy no size": one(array(d="|S0", shape=[BIG])),
+    "numpy shape": one(array(shape=[17])),
+    "numpy shape giant": one(array(shape=[BIG, BIG])),
+    "numpy text": one(array(d="<U16", shape=[1]), b"\xff" * 64),
+    "numpy bool": one(array(d="|b1", shape=[64]), b"\x02" * 64),
+    "kv layer": one({"t": "kv_cache", "v": [["StaticLayer", None, None, []]]}),
+    "kv setting": one({"t": "kv_cache", "v": [["DynamicSlidingWindowLayer", None, None, ["a", 1]]]}),
+    "model output field": one({"t": "model_output", "c": "transformers.modeling_outputs.BaseModelOutput", "v": [["nope", 1]]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_lie_is_an_archive_error(name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ArchiveError):
+        read(LIES[name])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "the lie made the reader allocate"
+
+
+def test_a_class_that_the_archive_names_is_never_imported() -> None:
+    for kind in ("object", "enum", "namedtuple", "model_output"):
+        node = {"t": kind, "c": "antigravity.Surprise", "n": "x", "v": 1 if kind == "enum" else []}
+        value = read(one(node))["x"]
+        assert type(value).__module__.startswith("edif_mesh.results")
+    import sys
+
+    assert "antigravity" not in sys.modules
+
+
+def rich_archive() -> bytes:
+    base = torch.arange(24.0).reshape(4, 6)
+    flags = {1: torch.ones(3, dtype=torch.bool), "a": {2, (3, "x")}}
+    values = {"t": [base, base[1:, ::2], base.to(torch.bfloat16)], "d": flags, "n": np.array(["ab", "c"]), "b": b"bytes",
+              "s": base.to_sparse(), "p": torch.nn.Parameter(base), "k": torch.randn(9).topk(2), "f": float("nan")}  # fmt: skip
+    return plan(values).to_bytes()
+
+
+def test_every_truncation_is_an_archive_error() -> None:
+    data = rich_archive()
+    for length in range(0, len(data), 7):
+        with pytest.raises(ArchiveError):
+            read(data[:length])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_archives_are_read_or_refused_and_nothing_else(seed: int) -> None:
+    chance, original = random.Random(seed), rich_archive()
+    refused = 0
+    for _ in range(400):
+        data = bytearray(original)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(min(len(data), 2500))] = chance.choice([chance.randrange(256), *b'0123456789-[]{}",'])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                str(read(data))
+        except ArchiveError:
+            refused += 1
+        reader = StreamingReader(limit_bytes=1 << 20)
+        try:
+            reader.feed(data)
+            reader.finish()
+        except ArchiveError:
+            pass
+    assert refused > 100
+
+
+def test_no_module_of_the_archive_imports_a_pickle() -> None:
+    folder = Path(edif_mesh.results.__file__).parent
+    checked = 0
+    for path in [*folder.glob("archive*.py"), folder / "nnsight_types.py", folder / "export.py"]:
+        names: set[str] = set()
+        for part in ast.walk(ast.parse(path.read_text())):
+            if isinstance(part, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in part.names}
+            elif isinstance(part, ast.ImportFrom):
+                names.add((part.module or "").split(".")[0])
+            elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "torch":
+                assert part.attr not in ("load", "save"), path.name
+        assert not names & {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "copyreg"}, (
+            path.name
+        )
+        checked += 1
+    assert checked >= 5

@@ -1,0 +1,110 @@
+"""Payloads of real nnsight traces against the tiny model, serialized as nnsight's own client does."""
+
+# ruff: noqa: F841 (names are what a trace saves)
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tests import models
+
+
+class _Capture:
+    payload: bytes = b""
+
+    def __call__(self, tracer: Any) -> None:
+        from nnsight.schema.request import RequestModel
+
+        self.payload = RequestModel.serialize(tracer, False)
+
+
+@functools.cache
+def tiny_model() -> Any:
+    """The tiny GPT-2 without weights, as a client has it."""
+    os.environ["HF_HUB_OFFLINE"], os.environ["HF_HUB_CACHE"] = "1", str(models.cache())
+    models.tiny_gpt2()
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+
+    torch.set_num_threads(1)
+    return TransformersModel(models.TINY, task="text-generation")
+
+
+def payload(body: Callable[[Any, Any], None]) -> bytes:
+    """Return the payload of the trace that `body(model, capture)` makes with `backend=capture`."""
+    capture = _Capture()
+    body(tiny_model(), capture)
+    return capture.payload
+
+
+def one_read() -> bytes:
+    """Saves the last hidden state."""
+
+    def body(model: Any, capture: Any) -> None:
+        with model.trace("Hello world", backend=capture):
+            hidden = model.transformer.h[-1].output.save()
+
+    return payload(body)
+
+
+def printing() -> bytes:
+    """Prints three lines and saves the logits."""
+
+    def body(model: Any, capture: Any) -> None:
+        with model.trace("Hello world", backend=capture):
+            print("one")
+            print("two")
+            print("three")
+            logits = model.output.save()
+
+    return payload(body)
+
+
+def failing() -> bytes:
+    """Divides by zero."""
+
+    def body(model: Any, capture: Any) -> None:
+        with model.trace("Hello world", backend=capture):
+            hidden = model.transformer.h[-1].output.save()
+            1 / 0
+
+    return payload(body)
+
+
+def endless() -> bytes:
+    """Never ends by itself."""
+
+    def body(model: Any, capture: Any) -> None:
+        with model.trace("Hello world", backend=capture):
+            hidden = model.transformer.h[-1].output.save()
+            while True:
+                pass
+
+    return payload(body)
+
+
+def large(mebibytes: int) -> bytes:
+    """Saves a tensor of this size."""
+
+    def body(model: Any, capture: Any) -> None:
+        import torch
+
+        with model.trace("Hello world", backend=capture):
+            big = torch.ones(mebibytes << 18).save()
+
+    return payload(body)
+
+
+def slow(seconds: float) -> bytes:
+    """Waits, then saves the last hidden state."""
+
+    def body(model: Any, capture: Any) -> None:
+        with model.trace("Hello world", backend=capture):
+            import time
+
+            time.sleep(seconds)
+            hidden = model.transformer.h[-1].output.save()
+
+    return payload(body)

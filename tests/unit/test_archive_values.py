@@ -1,0 +1,258 @@
+"""Values survive the archive exactly: type, numbers, sharing. And what cannot leave is refused by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections import OrderedDict, defaultdict, namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edif_mesh.errors import ArchiveError, UnsupportedValueError
+from edif_mesh.results.archive import StreamingReader, plan, read
+from edif_mesh.results.archive_types import DTYPES, Record
+from tests.same_values import assert_same
+
+Pair = namedtuple("Pair", "left right")
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Probe:
+    weight: torch.Tensor
+    layer: int
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.score = 3.5
+
+
+def through(value: Any, **options: Any) -> Any:
+    return read(plan({"x": value}).to_bytes(), **options)["x"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, False, 0, -7, 2**53, -(2**200), 1.5, -0.0, math.inf, -math.inf, math.nan, 1 + 2j, complex(math.nan, -0.0),
+        "", "Straße \U0001f600", "\ud800 lone", "\x00", b"", b"\x00\xff" * 40, bytearray(b"abc"), ..., slice(1, None, -2),
+        slice("a", (1, 2)), range(3, 99, 7), torch.Size([2, 3]), torch.bfloat16, torch.device("cuda:1"), [], (), {}, set(),
+        frozenset({1, "a", (2, None)}), {1: "int", "1": "str", None: 0, (1, ("a",)): 2, 1.5: 3, b"k": 4},
+        OrderedDict([("b", 1), ("a", 2)]), defaultdict(list, a=[1]), [[[[(1, [2])]]]],
+    ],
+    ids=lambda v: f"{type(v).__name__}-{str(v)[:12].encode('ascii', 'replace').decode()}",
+)  # fmt: skip
+def test_a_plain_value_comes_back_as_it_was(value: Any) -> None:
+    assert_same(through(value), value)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_keeps_its_bits(name: str) -> None:
+    raw = torch.arange(256, dtype=torch.uint8) % 2 if name == "bool" else torch.arange(256, dtype=torch.uint8)
+    tensor = raw.view(DTYPES[name])
+    assert_same(through(tensor), tensor)
+    assert_same(through(tensor[3]), tensor[3])
+    assert_same(through(tensor[:0].reshape(0, 4)), tensor[:0].reshape(0, 4))
+
+
+def test_views_of_any_stride_keep_their_numbers_and_shape() -> None:
+    base = torch.arange(60.0).reshape(3, 4, 5)
+    views = [base.mT, base[:, 1:3, ::2], base.permute(2, 0, 1)[1], base[0, 0, :1].expand(7, 9, 1), base.flip(0)]
+    for view in views:
+        assert_same(through(view), view)
+    assert_same(through(torch.tensor([1 + 2j]).conj()), torch.tensor([1 - 2j]))
+
+
+def test_a_slice_ships_only_itself() -> None:
+    logits = torch.randn(1, 9, 50_000)
+    assert plan({"last": logits[0, -1]}).total_bytes < 50_000 * 4 + 1000
+    assert plan({"column": logits[0, :, 0]}).total_bytes < 1000
+
+
+def test_views_that_cover_their_storage_share_it_again_after_reading() -> None:
+    base = torch.randn(100, 100)
+    result = plan({"whole": base, "row": base[3], "turned": {"deep": [base.T]}})
+    assert result.total_bytes < 100 * 100 * 4 + 1500
+    back = read(result.to_bytes())
+    back["whole"][3, 5] = 77.0
+    assert back["row"][5] == 77.0
+    assert back["turned"]["deep"][0][5, 3] == 77.0
+
+
+def test_the_same_object_twice_stays_one_object() -> None:
+    inner, tensor = [1], torch.ones(2)
+    back = read(plan({"a": [inner, inner, tensor], "b": {"t": tensor, "i": inner}}).to_bytes())
+    assert back["a"][0] is back["a"][1] is back["b"]["i"]
+    assert back["a"][2] is back["b"]["t"]
+
+
+def test_gradient_flags_and_parameters_come_back_without_a_graph() -> None:
+    weight = torch.nn.Parameter(torch.randn(3))
+    back = read(
+        plan(
+            {"p": weight, "frozen": torch.nn.Parameter(torch.ones(1), requires_grad=False), "y": weight * 2}
+        ).to_bytes()
+    )
+    assert type(back["p"]) is torch.nn.Parameter
+    assert back["p"].requires_grad
+    assert type(back["frozen"]) is torch.nn.Parameter
+    assert not back["frozen"].requires_grad
+    assert back["y"].requires_grad
+    assert back["y"].is_leaf
+    assert torch.equal(back["y"], weight * 2)
+
+
+def test_sparse_tensors() -> None:
+    dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    twice = torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (2, 2))
+    for value in (dense.to_sparse(), twice, dense.to_sparse_csr()):
+        back = through(value)
+        assert back.layout is value.layout
+        assert torch.equal(back.to_dense(), value.to_dense())
+    assert through(dense.to_sparse()).is_coalesced()
+    assert not through(twice).is_coalesced()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(6, dtype=">i4").reshape(2, 3), np.array(3.5), np.zeros((0, 3), np.float16), np.array(["ab", "ü"]), np.float32(1.5),
+        np.bool_(True), np.array([1 + 2j]), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([b"x", b"yz"]), np.int64(-3),
+    ],
+)  # fmt: skip
+def test_numpy(value: Any) -> None:
+    assert_same(through(value), value)
+
+
+def test_torch_return_types_stay_what_torch_gave() -> None:
+    top = torch.randn(9).topk(3)
+    back = through(top)
+    assert type(back) is type(top)
+    assert torch.equal(back.indices, top.indices)
+
+
+def test_transformers_values() -> None:
+    from transformers import BatchEncoding, DynamicCache
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    cache = DynamicCache()
+    cache.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)
+    output = through(
+        CausalLMOutputWithPast(logits=torch.ones(2), past_key_values=cache, hidden_states=(torch.zeros(1),))
+    )
+    assert type(output) is CausalLMOutputWithPast
+    assert torch.equal(output.logits, torch.ones(2))
+    assert output.loss is None
+    assert type(output.past_key_values) is DynamicCache
+    assert torch.equal(output.past_key_values.layers[0].keys, cache.layers[0].keys)
+    assert output.past_key_values.get_seq_length() == 3
+    assert type(through(GenerateDecoderOnlyOutput(sequences=torch.ones(1)))) is GenerateDecoderOnlyOutput
+    batch = through(BatchEncoding({"input_ids": torch.tensor([1])}))
+    assert type(batch) is BatchEncoding
+    assert batch["input_ids"].tolist() == [1]
+
+
+def test_a_class_of_the_users_own_is_a_record_until_the_reader_names_it() -> None:
+    values = {"probe": Probe(torch.ones(2), 3), "pair": Pair(1, [2]), "colour": {Colour.RED: 1}, "plain": Plain()}
+    data = plan(values).to_bytes()
+    back = read(data)
+    assert isinstance(back["probe"], Record)
+    assert back["probe"].layer == 3
+    assert back["probe"].type_name == f"{__name__}.Probe"
+    assert back["pair"] == (1, [2])
+    assert back["pair"].right == [2]
+    assert next(iter(back["colour"])).value == "red"
+    named = read(data, classes={f"{__name__}.{c.__name__}": c for c in (Probe, Pair, Colour, Plain)})
+    assert type(named["probe"]) is Probe
+    assert type(named["pair"]) is Pair
+    assert named["colour"] == {Colour.RED: 1}
+    assert type(named["plain"]) is Plain
+    assert named["plain"].score == 3.5
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "word"),
+    [
+        ({"acts": [0, {"f": lambda: 1}]}, "acts[1]['f']", "function"),
+        ({"m": torch.nn.Linear(1, 1)}, "m", "state_dict"),
+        ({"g": (i for i in "ab")}, "g", "generator"),
+        ({"q": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "q", "dequantize"),
+        ({"s": np.zeros(2, [("a", "i4")])}, "s", "fields"),
+        ({"o": np.array([object()])}, "o", "tolist"),
+        ({"meta": torch.empty(2, device="meta")}, "meta", "shape"),
+    ],
+    ids=lambda v: None if not isinstance(v, str) else v,
+)
+def test_what_cannot_leave_is_refused_by_name_with_a_way_out(value: dict[str, Any], path: str, word: str) -> None:
+    with pytest.raises(UnsupportedValueError) as refused:
+        plan(value)
+    assert refused.value.path == path
+    assert word in str(refused.value)
+
+
+def test_a_value_that_contains_itself_is_refused() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(UnsupportedValueError, match="contains itself"):
+        plan({"loop": loop})
+
+
+def test_nesting_is_bounded_alike_on_both_sides() -> None:
+    deep: list[Any] = []
+    for _ in range(94):
+        deep = [deep]
+    assert_same(through(deep), deep)
+    for _ in range(4):
+        deep = [deep]
+    with pytest.raises(UnsupportedValueError, match="deeper"):
+        plan({"deep": deep})
+
+
+def test_the_buffers_are_views_of_the_tensors_memory_and_sum_to_the_total() -> None:
+    tensor = torch.zeros(1000)
+    result = plan({"t": tensor, "u": torch.ones(3)})
+    assert sum(len(b) for b in result.buffers()) == result.total_bytes
+    tensor[0] = 5.0
+    assert read(result.to_bytes())["t"][0] == 5.0
+
+
+@pytest.mark.parametrize("step", [1, 7, 64, 10_000])
+def test_a_streaming_reader_gives_the_same_values(step: int) -> None:
+    values = {"t": torch.randn(300), "n": [1, b"x"], "e": torch.empty(0)}
+    data = plan(values).to_bytes()
+    reader = StreamingReader(limit_bytes=len(data))
+    for start in range(0, len(data), step):
+        reader.feed(data[start : start + step])
+    assert reader.total_bytes == len(data)
+    assert_same(reader.finish(), values)
+
+
+def test_a_streaming_reader_refuses_too_much_too_little_and_too_large() -> None:
+    data = plan({"t": torch.zeros(1000)}).to_bytes()
+    with pytest.raises(ArchiveError, match="claims"):
+        StreamingReader(limit_bytes=1000).feed(data)
+    reader = StreamingReader(limit_bytes=1 << 20)
+    reader.feed(data[:-1])
+    with pytest.raises(ArchiveError, match="ended after"):
+        reader.finish()
+    with pytest.raises(ArchiveError, match="More bytes"):
+        reader.feed(b"ab")
+
+
+def test_a_file_is_mapped_and_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    path.write_bytes(plan({"t": torch.zeros(1000)}).to_bytes())
+    before = path.read_bytes()
+    back = read(path)
+    back["t"][0] = 9.0
+    assert path.read_bytes() == before

@@ -38,7 +38,9 @@ def logit_lens(model: TransformersModel, remote: bool) -> torch.Tensor:
     return guesses
 
 
-def patching(model: TransformersModel, clean: torch.Tensor, corrupted: torch.Tensor, remote: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def patching(
+    model: TransformersModel, clean: torch.Tensor, corrupted: torch.Tensor, remote: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the restored share of the fact, [layers, positions], and the two unpatched differences, [2].
 
     One session, so one remote job: two plain runs, then one batch of patched runs a layer.
@@ -80,7 +82,10 @@ def main() -> None:
         sys.exit(f"The prompts must have equally many tokens: {clean.shape[1]} and {corrupted.shape[1]}.")
     guesses = logit_lens(model, remote)
     restored, gaps = patching(model, clean, corrupted, remote)
-    words = {"clean": [model.tokenizer.decode(t) for t in clean[0]], "corrupted": [model.tokenizer.decode(t) for t in corrupted[0]]}
+    words = {
+        "clean": [model.tokenizer.decode(t) for t in clean[0]],
+        "corrupted": [model.tokenizer.decode(t) for t in corrupted[0]],
+    }
     lens = [model.tokenizer.decode(t) for t in guesses]
     torch.save({"restored": restored, "gaps": gaps, "words": words, "lens": lens}, Path(sys.argv[1]))
 

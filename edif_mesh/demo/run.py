@@ -48,7 +48,9 @@ def run_demo(*, output: Path, state: Path | None) -> int:
 
 def _run_remote(home: Path, output: Path, environment: dict[str, str]) -> tuple[dict[str, Any], JobSnapshot]:
     gateway = str(running_mesh(home)["gateway"])
-    say(f"Running the experiment: NDIF_HOST={gateway} python -m edif_mesh.demo.patching (unmodified nnsight, remote=True)")
+    say(
+        f"Running the experiment: NDIF_HOST={gateway} python -m edif_mesh.demo.patching (unmodified nnsight, remote=True)"
+    )
     target = output / "remote.pt"
     target.unlink(missing_ok=True)
     script = subprocess.Popen(
@@ -139,7 +141,9 @@ def _report(output: Path, remote: dict[str, Any], local: dict[str, Any], history
         empty="",
     )
     restored, words = remote["restored"], remote["words"]["clean"]
-    say("\nShare of the fact that one patched position restores (best layer), and what each layer would say (logit lens):")
+    say(
+        "\nShare of the fact that one patched position restores (best layer), and what each layer would say (logit lens):"
+    )
     best = restored.max(dim=0)
     table(
         ("POSITION", "TOKEN", "RESTORED", "AT LAYER"),
@@ -151,7 +155,9 @@ def _report(output: Path, remote: dict[str, Any], local: dict[str, Any], history
     )
     say("Logit lens, last layers: " + ", ".join(repr(word) for word in remote["lens"][-6:]))
     picture = _draw(restored, remote["words"], output / "patching.png")
-    equal = all(torch.equal(remote[name], local[name]) for name in ("restored", "gaps")) and remote["lens"] == local["lens"]
+    equal = (
+        all(torch.equal(remote[name], local[name]) for name in ("restored", "gaps")) and remote["lens"] == local["lens"]
+    )
     lost = [a for a in history.attempts if a.status is AttemptStatus.LOST]
     say(f"\nValues equal to the local run: {'yes, bit for bit' if equal else 'NO'}.")
     say(f"Site killed under the job: {lost[0].site if lost else 'NO'}; finished at: {history.site}.")
@@ -169,7 +175,9 @@ def _draw(restored: Any, words: dict[str, list[str]], path: Path) -> Path | str:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 7), layout="constrained")
     image = axes.imshow(restored.numpy(), aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
-    labels = [c if c == k else f"{c.strip()}\n({k.strip()})" for c, k in zip(words["clean"], words["corrupted"], strict=True)]
+    labels = [
+        c if c == k else f"{c.strip()}\n({k.strip()})" for c, k in zip(words["clean"], words["corrupted"], strict=True)
+    ]
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel("patched position: clean token (corrupted token)")
     axes.set_ylabel("patched layer (residual stream after it)")

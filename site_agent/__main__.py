@@ -115,7 +115,8 @@ async def _connect(config: SiteConfig, name: str, stop: asyncio.Event) -> Connec
                 raise
             log.warning("waiting for the broker: %s", error)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), _CONNECT_AGAIN_S)
+            async with asyncio.timeout(_CONNECT_AGAIN_S):
+                await stop.wait()
 
 
 async def _check(config: SiteConfig) -> int:

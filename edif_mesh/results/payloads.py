@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from edif_mesh.domain.ids import JobId
 from edif_mesh.errors import ChunkError
-from edif_mesh.results.transfer import CHUNK_BYTES
 from edif_mesh.transport.ports import Streams
 from edif_mesh.wire import subjects
 from edif_mesh.wire.messages import PayloadRef
 
+CHUNK_BYTES = 512 << 10
+"""Part of the protocol: the reader derives the number of chunks from it."""
 _AT_ONCE = 8
 _PATIENCE_S = 5.0
 MAX_PAYLOAD_BYTES = 256 << 20

@@ -19,7 +19,8 @@ from edif_mesh.results.manifest import MAX_CHUNK_BYTES, ManifestParts, root_of
 from edif_mesh.transport.ports import Bulk
 from edif_mesh.wire import subjects
 
-CHUNK_BYTES = 512 << 10
+CHUNK_BYTES = 960 << 10
+"""Every chunk costs the broker one flush to disk: nearly as large as its `max_payload` of 1 MiB allows."""
 WINDOW_BYTES = 32 << 20
 """Sent and not yet acknowledged; it decides the speed of a wide-area link, and is the writer's memory."""
 _INLINE_HASH_BYTES = 64 << 10

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ class ResultReader:
         self._bulk, self._job, self._sink = bulk, job, sink
         self._patience_s = patience_ms / 1000
         self._early: dict[AttemptNumber, dict[int, memoryview]] = {}
-        self._early_sequence = 0
+        self._early_digests: dict[tuple[AttemptNumber, int], bytes] = {}
         self._following: asyncio.Task[None] | None = None
         self._attempt = AttemptNumber(0)
         self._digests: dict[int, bytes] = {}
@@ -92,12 +92,14 @@ class ResultReader:
         self._stats.resumed_bytes = sum(chunk_size(manifest, number) for number in self._digests)
         try:
             early = self._early.pop(manifest.attempt, {})
-            await self._place(manifest, early.items())
+            known = {n: digest for (attempt, n), digest in self._early_digests.items() if attempt == manifest.attempt}
+            await self._place(manifest, early.items(), known)
             await self._fetch(manifest)
             await self._verify(manifest)
             await asyncio.to_thread(self._sink.finish)
         finally:
             self._early.clear()
+            self._early_digests.clear()
             self._sink.close()
         return self._stats
 
@@ -115,9 +117,11 @@ class ResultReader:
         if address.attempt > self._attempt:
             self._attempt = address.attempt
             self._early.clear()
+            self._early_digests.clear()
         if address.attempt == self._attempt:
             self._stats.fetched_bytes += len(data)
-            self._early.setdefault(address.attempt, {})[int(address.name)] = data
+            # The first stays: its digest may already be known.
+            self._early.setdefault(address.attempt, {}).setdefault(int(address.name), data)
             if self._following is None and len(self._early[address.attempt]) > 1:
                 self._following = asyncio.create_task(self._follow_long(), name=f"follow {self._job}")
 
@@ -135,10 +139,18 @@ class ResultReader:
                     if number in self._early.get(address.attempt, {}):
                         continue
                     self._heard(arrived.subject, arrived.data)
-                    self._early_sequence = arrived.sequence
                     kept += len(arrived.data)
+                await self._hash_early()
                 if kept > _EARLY_BYTES:
                     return
+
+    async def _hash_early(self) -> None:
+        """Hash what has come while the job runs, beside the event loop."""
+        attempt, chunks = self._attempt, dict(self._early.get(self._attempt, {}))
+        new = {n: data for n, data in chunks.items() if (attempt, n) not in self._early_digests}
+        digests = await asyncio.to_thread(lambda: {n: hashlib.sha256(data).digest() for n, data in new.items()})
+        if attempt == self._attempt:
+            self._early_digests |= {(attempt, n): digest for n, digest in digests.items()}
 
     async def _end_following(self) -> None:
         following, self._following = self._following, None
@@ -221,7 +233,9 @@ class ResultReader:
             return []
         return [number for number in range(manifest.chunks) if number not in self._digests]
 
-    async def _place(self, manifest: Manifest, chunks: Iterable[tuple[int, memoryview]]) -> None:
+    async def _place(
+        self, manifest: Manifest, chunks: Iterable[tuple[int, memoryview]], known: Mapping[int, bytes] | None = None
+    ) -> None:
         """Hash and place what is new, beside the event loop; raises ChunkError for what cannot be of this result."""
         new: list[tuple[int, memoryview]] = []
         for number, data in chunks:
@@ -235,17 +249,17 @@ class ResultReader:
         if not new:
             return
         if len(new) == 1 and len(new[0][1]) <= 64 << 10:
-            self._digests |= self._place_now(new)
+            self._digests |= self._place_now(new, known or {})
         else:
-            self._digests |= await asyncio.to_thread(self._place_now, new)
+            self._digests |= await asyncio.to_thread(self._place_now, new, known or {})
         if self._progress is not None:
             done = min(len(self._digests) * manifest.chunk_bytes, manifest.archive_bytes)
             self._progress(done, manifest.archive_bytes)
 
-    def _place_now(self, chunks: list[tuple[int, memoryview]]) -> dict[int, bytes]:
+    def _place_now(self, chunks: list[tuple[int, memoryview]], known: Mapping[int, bytes]) -> dict[int, bytes]:
         placed = {}
         for number, data in chunks:
-            placed[number] = hashlib.sha256(data).digest()
+            placed[number] = known.get(number) or hashlib.sha256(data).digest()
             self._sink.place(number, data, placed[number])
         return placed
 

@@ -43,7 +43,8 @@ class LaneMessage:
     @property
     def status(self) -> str:
         """The NATS status (`100`, `404`, `503`, ...) of a message without data, else ''."""
-        return self.headers[8:13].decode("ascii", "replace").strip()[:3] if self.headers and not self.data else ""
+        code = self.headers[9:12] if self.headers[:9] == b"NATS/1.0 " and not self.data else b""
+        return code.decode() if code.isdigit() else ""
 
     def header(self, name: str) -> str:
         """Return the value of a header, or ''."""
@@ -221,7 +222,7 @@ class Lane(asyncio.BufferedProtocol):
         self._filled += nbytes
         try:
             self._parse()
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, RecursionError, NotConnectedError) as error:
             self._error = f"the broker sent what is no NATS protocol ({error})"
             if self._transport is not None:
                 self._transport.abort()

@@ -103,7 +103,7 @@ def _warm_up(model: Any) -> bytes | None:
     prompt = "Warm up." if model.tokenizer is not None else torch.tensor([[1, 2, 3]])
     try:
         with model.trace(prompt, backend=capture):
-            warm = model.output.save()
+            warm = model.output.save()  # noqa: F841
             print("", end="")
         execute(capture.payload, model)
     except Exception as error:

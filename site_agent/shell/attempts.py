@@ -46,6 +46,13 @@ from site_agent.shell.spool import Spool
 
 log = logging.getLogger(__name__)
 
+_IDLE_DEATHS = 4
+"""How many waiting runners of a host may be found dead before an attempt fails for it."""
+
+
+class _NeverStartedError(Exception):
+    """The lent runner was dead before it took the payload; the job has not begun."""
+
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
@@ -161,7 +168,7 @@ class AttemptTask:
             return
         finally:
             lending.cancel()
-        receipt = await self._compute(payload)
+        receipt = await self._compute_once_started(payload)
         if receipt is None:
             return
         log.info("attempt computed", extra={"job": held.job, "attempt": held.attempt, "bytes": receipt.result_bytes})
@@ -170,14 +177,28 @@ class AttemptTask:
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
         await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
 
-    async def _compute(self, payload: bytes) -> Receipt | None:
-        """Run the payload; return the receipt when the whole archive is in the spool, None when it failed."""
+    async def _compute_once_started(self, payload: bytes) -> Receipt | None:
+        """As `_compute`, with another runner when a waiting one had died before it took the payload."""
+        for _ in range(_IDLE_DEATHS):
+            try:
+                return await self._compute(payload, may_be_dead=True)
+            except _NeverStartedError:
+                log.warning("a waiting runner was dead", extra={"job": self._held.job})
+                self._runner = await self._with.models.lend(self._held.order.model.repo_id)
+        return await self._compute(payload, may_be_dead=False)
+
+    async def _compute(self, payload: bytes, *, may_be_dead: bool) -> Receipt | None:
+        """Run the payload; return the receipt when the whole archive is in the spool, None when it failed.
+
+        Raises _NeverStartedError, with `may_be_dead`, when the runner was gone before it had the payload.
+        """
         assert self._runner is not None
-        key = self._held.key
+        key, started = self._held.key, False
         async with aclosing(self._runner.run(payload, self._options())) as happenings:  # type: ignore[type-var]
             async for event in happenings:
                 match event:
                     case RunnerStarted():
+                        started = True
                         await self._with.tell(AttemptStarted(key))
                     case RunnerLog(text):
                         self._logs.add(text)
@@ -187,6 +208,8 @@ class AttemptTask:
                         )
                     case ResultChunk(data):
                         await self._spool.put(data)
+                    case RunnerFailed("runner_crashed") if may_be_dead and not started:
+                        raise _NeverStartedError
                     case RunnerFailed(code, text, receipt):
                         await self._logs.close()
                         await self._fail(Failure(code, text), blame_of(code), receipt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 from edif_mesh.errors import EdifError, TransportError
@@ -48,11 +49,11 @@ class Heartbeat:
                 task = asyncio.create_task(self._beat(), name="advert")
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
-            try:
-                await asyncio.wait_for(self._wake.wait(), period_s if self.answered.is_set() else min(period_s, 0.5))
+            # Never wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(period_s if self.answered.is_set() else min(period_s, 0.5)):
+                    await self._wake.wait()
                 await asyncio.sleep(_GATHER_S)
-            except TimeoutError:
-                continue
 
     async def close(self) -> None:
         """Drop what is in flight."""

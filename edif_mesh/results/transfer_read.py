@@ -57,6 +57,7 @@ class ResultReader:
         self._early: dict[AttemptNumber, dict[int, memoryview]] = {}
         self._early_digests: dict[tuple[AttemptNumber, int], bytes] = {}
         self._following: asyncio.Task[None] | None = None
+        self._stop_listening: Callable[[], None] = _nothing
         self._attempt = AttemptNumber(0)
         self._digests: dict[int, bytes] = {}
         self._stats = ReadStats()
@@ -68,7 +69,9 @@ class ResultReader:
         What it took of an attempt that did not become the result is dropped.
         """
         with suppress(NotConnectedError, NoReplyError):
-            await self._bulk.listen(subjects.result_chunks(self._job), self._heard, at_most=_LIVE_CHUNKS)
+            self._stop_listening = await self._bulk.listen(
+                subjects.result_chunks(self._job), self._heard, at_most=_LIVE_CHUNKS
+            )
 
     async def read(self, manifest: Manifest, progress: Progress | None = None) -> ReadStats:
         """Fetch what is missing, verify all of it, and complete the sink; `progress(bytes, of_bytes)` on the way.
@@ -153,6 +156,8 @@ class ResultReader:
             self._early_digests |= {(attempt, n): digest for n, digest in digests.items()}
 
     async def _end_following(self) -> None:
+        self._stop_listening()
+        self._stop_listening = _nothing
         following, self._following = self._following, None
         if following is not None:
             following.cancel()
@@ -288,6 +293,10 @@ class ResultReader:
         if root_of(digests) != manifest.root:
             raise ChunkError("The result is altered, and its index does not fit the manifest either.")
         return digests
+
+
+def _nothing() -> None:
+    """Stop nothing: there is no subscription."""
 
 
 def _numbered(batch: list[Arrived]) -> list[tuple[int, memoryview]]:

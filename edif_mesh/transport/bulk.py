@@ -169,10 +169,16 @@ class NatsBulk:
             if not page or len(found) >= info.get("total", 0):
                 return frozenset(found)
 
-    async def listen(self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int) -> None:
-        """Call `receiver(subject, data)` for the next `at_most` messages published there; best effort, lost on a cut."""
+    async def listen(
+        self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
+    ) -> Callable[[], None]:
+        """Call `receiver(subject, data)` for the next `at_most` messages published there; best effort, lost on a cut.
+
+        Returns how to stop sooner.
+        """
         lane = await self.lane()
-        lane.subscribe(subject, lambda message: receiver(message.subject, message.data), at_most=at_most)
+        sid = lane.subscribe(subject, lambda message: receiver(message.subject, message.data), at_most=at_most)
+        return lambda: lane.unsubscribe(sid)
 
     async def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
         """Yield what the stream holds on `subject` from sequence `start` on, in order and without gaps, for ever.

@@ -332,7 +332,9 @@ class MemoryBulk:
         finally:
             following.cancel()
 
-    async def listen(self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int) -> None:
+    async def listen(
+        self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
+    ) -> Callable[[], None]:
         """Call `receiver(subject, data)` for the next `at_most` messages published there."""
         left = at_most
 
@@ -343,6 +345,12 @@ class MemoryBulk:
                 receiver(message.subject, memoryview(message.data))
 
         await self._bus.subscribe(subject, heard)
+
+        def stop() -> None:
+            nonlocal left
+            left = 0
+
+        return stop
 
     async def close(self) -> None:
         """Close; idempotent."""

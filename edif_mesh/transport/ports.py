@@ -149,8 +149,13 @@ class Bulk(Protocol):
         nothing came for a while, or that the link was lost and the push begins again behind the last message. Raises NotConnectedError when closed.
         """
 
-    async def listen(self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int) -> None:
-        """Call `receiver(subject, data)` for the next `at_most` messages published there; best effort, lost on a cut."""
+    async def listen(
+        self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
+    ) -> Callable[[], None]:
+        """Call `receiver(subject, data)` for the next `at_most` messages published there; best effort, lost on a cut.
+
+        Returns how to stop sooner.
+        """
 
     async def close(self) -> None:
         """Close; idempotent."""

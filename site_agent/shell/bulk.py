@@ -80,8 +80,10 @@ class _PatientBulk:
     def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
         return self._bulk.push(stream, subject, start=start)
 
-    async def listen(self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int) -> None:
-        await self._bulk.listen(subject, receiver, at_most=at_most)
+    async def listen(
+        self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
+    ) -> Callable[[], None]:
+        return await self._bulk.listen(subject, receiver, at_most=at_most)
 
     async def close(self) -> None:
         self._closed = True

@@ -66,9 +66,9 @@ def undocumented(tree: ast.Module) -> list[str]:
     """Public modules, classes and functions without a docstring."""
     found = [] if ast.get_docstring(tree) else ["the module"]
     for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-            if not ast.get_docstring(node):
-                found.append(node.name)
+        named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if named and not node.name.startswith("_") and not ast.get_docstring(node):
+            found.append(node.name)
     return found
 
 

@@ -1,7 +1,9 @@
 """What the agent says of its machine, without torch."""
 
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from site_agent import hardware
@@ -17,9 +19,11 @@ def test_there_is_always_a_device_with_memory() -> None:
 
 
 def test_versions_are_those_of_the_installed_packages() -> None:
-    import nnsight
-
-    assert hardware.versions().nnsight == nnsight.__version__
+    found = hardware.versions()
+    assert found.nnsight == version("nnsight")
+    assert found.python == platform.python_version()
+    assert found.torch
+    assert "+" not in found.torch
 
 
 def test_the_agent_process_imports_no_torch() -> None:

@@ -6,7 +6,7 @@ and nothing runs. Python inside is *not* a boundary.
 
 User id. Where the agent runs as root, every runner gets an id of its own, so that neither the agent nor another runner is a
 process "of the same user". Modules are imported lazily all through torch and transformers, and the interpreter may lie
-under a folder that only root can enter (/root/.pyenv): the runner then keeps one capability, CAP_DAC_READ_SEARCH, which
+under a folder that only root can enter (a home of root): the runner then keeps one capability, CAP_DAC_READ_SEARCH, which
 gives it no more than root's own files gave it, and Landlock still limits every read to the folders listed. Where the agent
 is not root, runners have its user id; Landlock, seccomp and non-dumpable processes keep them apart.
 """

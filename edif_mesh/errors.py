@@ -13,7 +13,7 @@ user means that their own code failed.
     +-- RefusedError            the mesh will not do it; the text says what would have to change
     |   +-- QuotaError  UnknownModelError  NotFoundError
     +-- TransportError          the broker or a link
-    |   +-- NoReplyError  StoreFullError  NotConnectedError
+    |   +-- NoReplyError (NobodyListensError)  StoreFullError  NotConnectedError
     +-- ResultError             a result that is not what its manifest says
     |   +-- ArchiveError  ChunkError  ManifestError  UnsupportedValueError
     +-- JobError                how a job ended, for the one who waits for it
@@ -125,6 +125,12 @@ class NoReplyError(TransportError):
     """Nobody answered in time; the request may or may not have arrived."""
 
     code = "no_reply"
+
+
+class NobodyListensError(NoReplyError):
+    """The broker says that nobody listens there: the request has not arrived."""
+
+    code = "nobody_listens"
 
 
 class NotConnectedError(TransportError):

@@ -22,7 +22,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from edif_mesh.errors import NoReplyError, NotConnectedError, TransportError
+from edif_mesh.errors import NobodyListensError, NoReplyError, NotConnectedError, TransportError
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Link:
             if not future.cancel() and not future.cancelled():
                 future.exception()  # it counts as seen
         if status_of(answer) == "503":
-            raise NoReplyError(f"Nobody listens on {subject}.")
+            raise NobodyListensError(f"Nobody listens on {subject}.")
         return answer
 
     async def api(self, name: str, request: dict[str, Any], timeout_ms: int = 5_000) -> dict[str, Any]:

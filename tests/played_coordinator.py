@@ -99,11 +99,11 @@ class PlayedCoordinator:
 
     # ------------------------------------------------------------------------------------------ orders and grants
 
-    async def order(self, payload: bytes = b"payload", **changes: Any) -> Order:
+    async def order(self, stored: bytes = b"payload", **changes: Any) -> Order:
         """An order for the tiny model, valid from now, whose payload is stored."""
         job = job_id(now_ms(), secrets.randbits(48))
-        if payload:
-            await self.link.streams.append(subjects.payload_chunk(job, 0), payload, message_id=f"{job}.0")
+        if stored:
+            await self.link.streams.append(subjects.payload_chunk(job, 0), stored, message_id=f"{job}.0")
         base = Order(
             federation=FEDERATION,
             job=job,
@@ -111,7 +111,7 @@ class PlayedCoordinator:
             issued_at_ms=now_ms(),
             not_before_ms=now_ms(),
             expires_at_ms=now_ms() + 3_600_000,
-            payload=PayloadRef(Digest(hashlib.sha256(payload).hexdigest()), len(payload)),
+            payload=PayloadRef(Digest(hashlib.sha256(stored).hexdigest()), len(stored)),
             model=ModelRef(models.TINY),
             client=Versions(),
             limits=Limits(wall_ms=60_000, memory_bytes=1 << 30, result_bytes=1 << 30),
@@ -272,6 +272,13 @@ class AgentProcess:
     def close(self) -> None:
         if self.process is not None:
             self.kill()
+
+    def logged(self, text: str, timeout_s: float = 30) -> None:
+        """Wait until the agent's log holds `text`."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
 
     def log(self) -> str:
         return (self.folder / "agent.log").read_text()

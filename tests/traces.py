@@ -95,3 +95,16 @@ def large(mebibytes: int) -> bytes:
             big = torch.ones(mebibytes << 18).save()
 
     return payload(body)
+
+
+def slow(seconds: float) -> bytes:
+    """Waits, then saves the last hidden state."""
+
+    def body(model: Any, capture: Any) -> None:
+        with model.trace("Hello world", backend=capture):
+            import time
+
+            time.sleep(seconds)
+            hidden = model.transformer.h[-1].output.save()
+
+    return payload(body)

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _FORGET_EVERY_TICKS = 2_400
 _MEMORY_SHARE = 0.8
+_NEVER_MS = 1 << 62
+"""A model that is not on this machine is not tried again; putting it there takes a restart of the agent."""
 
 
 class SiteAgent:
@@ -69,14 +71,17 @@ class SiteAgent:
             seen=self._remembered.seen,
             barred=self._remembered.barred,
             unsent={(report.job, report.attempt): report.sequence for report in self._remembered.reports},
-            models={entry.offer.repo_id: Model(entry.offer, entry.preload) for entry in entries},
+            models={
+                entry.offer.repo_id: Model(entry.offer, entry.preload, retry_at_ms=_NEVER_MS if entry.problem else 0)
+                for entry in entries
+            },
         )
         self.loop = AgentLoop(state, journal, self._act)
         self.outbox = Outbox(self.loop, trust, key, bus)
         self.heartbeat = Heartbeat(self.loop, trust, key, bus)
         self._inbox = Inbox(self.loop, trust, key, bus)
         self._models = ModelKeeper(
-            [entry.spec for entry in entries if not entry.problem],
+            [entry.spec for entry in entries],
             HostSettings(ready_children=config.ready_children, hf_cache=hf_cache(config)),
             config.state_dir / "logs",
             self.loop.handle,

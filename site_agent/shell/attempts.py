@@ -163,6 +163,7 @@ class AttemptTask:
         receipt = await self._compute(payload)
         if receipt is None:
             return
+        log.info("attempt computed", extra={"job": held.job, "attempt": held.attempt, "bytes": receipt.result_bytes})
         await self._with.tell(AttemptComputed(held.key))
         self._with.models.replenish(held.order.model.repo_id)
         assert self._upload is not None

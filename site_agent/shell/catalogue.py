@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from edif_mesh.config import ModelConfig, SiteConfig
 from edif_mesh.domain.site import ModelOffer, ModelState
-from edif_mesh.errors import ModelLoadError
+from edif_mesh.errors import EdifError
+from edif_mesh.models import hub_cache, resolve_model, weights_bytes
 from site_agent.hosting.spec import ModelSpec
 
 _BYTES_A_SECOND = 500 << 20
@@ -34,21 +34,19 @@ def catalogue(config: SiteConfig) -> tuple[Entry, ...]:
 
 def hf_cache(config: SiteConfig) -> Path:
     """Return the Hugging Face cache that hosts read."""
-    if config.hf_cache is not None:
-        return config.hf_cache
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache)
-    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    return config.hf_cache or hub_cache()
 
 
 def _entry(model: ModelConfig, cache: Path) -> Entry:
+    revision, weights, problem, dtype = model.revision or "", 0, "", model.dtype
+    aliases: tuple[str, ...] = ()
     try:
-        folder, revision, aliases = _resolve(model, cache)
-        weights = _weights_bytes(folder)
-        problem = "" if weights else f"There are no weights in {folder}."
-        dtype = model.dtype if model.dtype != "auto" else _dtype(folder)
-    except ModelLoadError as error:
-        revision, aliases, weights, problem, dtype = model.revision or "", (), 0, str(error), model.dtype
+        found = resolve_model(model.repo_id, model.revision, model.path, cache)
+        revision, aliases, weights = found.revision, found.aliases, weights_bytes(found.path)
+        problem = "" if weights else f"There are no weights in {found.path}."
+        dtype = model.dtype if model.dtype != "auto" else _dtype(found.path)
+    except (EdifError, OSError, ValueError, struct.error) as error:
+        problem = str(error)
     offer = ModelOffer(
         repo_id=model.repo_id,
         revision=revision,
@@ -71,44 +69,7 @@ def _entry(model: ModelConfig, cache: Path) -> Entry:
     return Entry(offer, spec, model.preload and not problem, problem)
 
 
-def _resolve(model: ModelConfig, cache: Path) -> tuple[Path, str, tuple[str, ...]]:
-    """Return the folder, its revision and the names that mean it; raises ModelLoadError with what to type."""
-    if model.path is not None:
-        if not (model.path / "config.json").is_file():
-            raise ModelLoadError(f"There is no model in {model.path}: config.json is missing.")
-        text = (model.path / "config.json").read_bytes() + str(_weights_bytes(model.path)).encode()
-        return model.path, hashlib.sha256(text).hexdigest()[:40], ("main",)
-    base = cache / f"models--{model.repo_id.replace('/', '--')}"
-    wanted = model.revision or "main"
-    reference = base / "refs" / wanted
-    commit = reference.read_text().strip() if reference.is_file() else wanted
-    folder = base / "snapshots" / commit
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(
-            f"{model.repo_id} ({wanted}) is not in the Hugging Face cache {cache}. Type: "
-            f"HF_HUB_CACHE={cache} hf download {model.repo_id}" + (f" --revision {wanted}" if model.revision else "")
-        )
-    names = base / "refs"
-    aliases = tuple(
-        sorted(
-            str(path.relative_to(names))
-            for path in (names.rglob("*") if names.is_dir() else ())
-            if path.is_file() and path.read_text().strip() == commit
-        )
-    )
-    return folder, commit, aliases
-
-
-def _weights_bytes(folder: Path) -> int:
-    for pattern in ("*.safetensors", "*.bin", "*.gguf"):
-        if found := sum(path.stat().st_size for path in folder.glob(pattern)):
-            return found
-    return 0
-
-
 def _dtype(folder: Path) -> str:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    """Return what `auto` will load, as far as the configuration says; the host's own word replaces it."""
+    config = json.loads((folder / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from edif_mesh.config import CoordinatorConfig, load_config, read_password
 from edif_mesh.errors import ConfigError, EdifError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
-from edif_mesh.transport.nats_bus import connect
+from edif_mesh.transport.nats_bus import Connection, connect
 from edif_mesh.wire.messages import Role
 
 log = logging.getLogger("coordinator")
@@ -63,13 +64,14 @@ async def _serve(settings: CoordinatorConfig) -> EdifError | None:
     try:
         key, trust = _identity(settings)
         password = read_password(settings.broker)
+        system = await _connect_system(settings)
         connection = await connect(
             settings.broker.url, name=f"coordinator-{settings.federation}", user=settings.broker.user, password=password
         )
     except EdifError as error:
         return error
     try:
-        service = Service(settings, key, trust, connection.bus, connection.streams)
+        service = Service(settings, key, trust, connection.bus, connection.streams, system.bus if system else None)
         try:
             await service.start()
             print(json.dumps({"ready": True, "http": service.url, "epoch": service.epoch}), flush=True)
@@ -80,6 +82,16 @@ async def _serve(settings: CoordinatorConfig) -> EdifError | None:
         return error
     finally:
         await connection.close()
+        if system is not None:
+            await system.close()
+
+
+async def _connect_system(settings: CoordinatorConfig) -> Connection | None:
+    """Connect to the broker's system account, where the settings name a user of it."""
+    if settings.system_user is None:
+        return None
+    password = read_password(replace(settings.broker, password_file=settings.system_password_file))
+    return await connect(settings.broker.url, name="coordinator system", user=settings.system_user, password=password)
 
 
 def _identity(settings: CoordinatorConfig) -> tuple[PrivateKey, TrustStore]:

@@ -72,6 +72,9 @@ class CoordinatorConfig:
     broker: BrokerConfig = BrokerConfig()
     store: StoreConfig = StoreConfig()
     policy: PolicyConfig = PolicyConfig()
+    system_user: str | None = None
+    """A user of the broker's system account: the broker then says at once when a site's connection is gone."""
+    system_password_file: Path | None = None
     http_host: str = "127.0.0.1"
     http_port: int = 8002
     log_level: str = "INFO"
@@ -117,7 +120,12 @@ class SiteConfig:
     """For runners, beyond the weights; 0 means 80 % of what is free at start."""
     hf_cache: Path | None = None
     """The Hugging Face cache; None means where HF_HUB_CACHE or HF_HOME point."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(
+        default_factory=lambda: Limits(
+            wall_ms=3_600_000, memory_bytes=64 << 30, result_bytes=64 << 30, log_bytes=16 << 20
+        )
+    )
+    """The most that an order may ask for here."""
     advert_ms: int = 5_000
     log_level: str = "INFO"
 

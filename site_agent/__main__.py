@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,17 +15,21 @@ from typing import Annotated
 import typer
 
 from edif_mesh.config import SiteConfig, load_config, read_password
-from edif_mesh.errors import ConfigError, EdifError
+from edif_mesh.errors import ConfigError, EdifError, NotConnectedError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
+from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import Connection, connect
 from edif_mesh.wire.messages import Role
 from site_agent.journal import Journal
 from site_agent.runner.confine import harden_parent
 from site_agent.shell.agent import SiteAgent
+from site_agent.shell.bulk import Cargo
 from site_agent.shell.check import checks
 
 DRAIN_S = 10.0
+_CLOSE_S = 5.0
+_CONNECT_AGAIN_S = 1.0
 log = logging.getLogger("edif.site")
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The agent of one site of the mesh.")
 ConfigOption = Annotated[Path, typer.Option("--config", help="The site's settings file (TOML).")]
@@ -77,20 +82,23 @@ async def _run(config: SiteConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    control = await _connect(config, "control")
-    bulk = await _connect(config, "bulk")
-    agent = SiteAgent(config, key, trust, journal, control.bus, control.streams, bulk.streams)
+    control, payloads = await _connect(config, "control", stop), await _connect(config, "payloads", stop)
+    cargo = Cargo(payloads.streams, NatsBulk.beside(payloads))
+    agent = SiteAgent(config, key, trust, journal, control.bus, control.streams, cargo)
     try:
         await agent.start()
         announcing = asyncio.create_task(_announce(agent, config))
         await stop.wait()
         announcing.cancel()
         log.info("draining")
+        # Whatever hangs: hosts die with this process, and what was not acknowledged is in the journal.
+        asyncio.get_running_loop().call_later(DRAIN_S + _CLOSE_S, os._exit, 1)
         await agent.drain(DRAIN_S)
     finally:
         await agent.close()
+        await cargo.close()
+        await payloads.close()
         await control.close()
-        await bulk.close()
     return 0
 
 
@@ -100,11 +108,19 @@ async def _announce(agent: SiteAgent, config: SiteConfig) -> None:
         print(json.dumps({"ready": True, "site": config.site}), flush=True)
 
 
-async def _connect(config: SiteConfig, name: str) -> Connection:
-    broker = config.broker
-    return await connect(
-        broker.url, name=f"site {config.site} {name}", user=broker.user, password=read_password(broker)
-    )
+async def _connect(config: SiteConfig, name: str, stop: asyncio.Event) -> Connection:
+    """Connect, however long the broker is away; raises ConfigError for a password file, NotConnectedError at a stop."""
+    broker, password = config.broker, read_password(config.broker)
+    while True:
+        try:
+            return await connect(broker.url, name=f"site {config.site} {name}", user=broker.user, password=password)
+        except NotConnectedError as error:
+            if stop.is_set():
+                raise
+            log.warning("waiting for the broker: %s", error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CONNECT_AGAIN_S):
+                await stop.wait()
 
 
 async def _check(config: SiteConfig) -> int:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, Digest, Epoch, FederationId, SiteId, job_id
 from edif_mesh.domain.job import Limits
@@ -93,7 +95,10 @@ class PlayedCoordinator:
         self._news = asyncio.Condition()
 
     async def listen(self) -> None:
-        await self.link.streams.ensure(STREAMS, max_bytes={spec.name: 1 << 30 for spec in STREAMS})
+        await self.link.streams.ensure(
+            STREAMS,
+            max_bytes={spec.name: (2 << 30) if spec.name == subjects.RESULTS_STREAM else 256 << 20 for spec in STREAMS},
+        )
         await self.link.bus.subscribe(subjects.ALL_ADVERTS, self._advert, concurrent=4)
         await self.link.bus.subscribe(subjects.ALL_REPORTS, self._report, concurrent=4)
 
@@ -272,6 +277,11 @@ class AgentProcess:
     def close(self) -> None:
         if self.process is not None:
             self.kill()
+
+    def environment(self) -> dict[str, str]:
+        """What the agent process was started with."""
+        assert self.process is not None
+        return psutil.Process(self.process.pid).environ()
 
     def logged(self, text: str, timeout_s: float = 30) -> None:
         """Wait until the agent's log holds `text`."""

@@ -1,10 +1,8 @@
 """Payloads of real nnsight traces against the tiny model, serialized as nnsight's own client does."""
 
-# ruff: noqa: F841 (names are what a trace saves)
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +21,14 @@ class _Capture:
 @functools.cache
 def tiny_model() -> Any:
     """The tiny GPT-2 without weights, as a client has it."""
-    os.environ["HF_HUB_OFFLINE"], os.environ["HF_HUB_CACHE"] = "1", str(models.cache())
-    models.tiny_gpt2()
+    base = models.cache() / f"models--{models.tiny_gpt2().replace('/', '--')}"
+    folder = base / "snapshots" / (base / "refs" / "main").read_text()
     import torch
     from nnsight.modeling.transformers import TransformersModel
 
     torch.set_num_threads(1)
-    return TransformersModel(models.TINY, task="text-generation")
+    # By its folder: whoever imported huggingface_hub before has fixed where hub ids are looked for.
+    return TransformersModel(str(folder), task="text-generation")
 
 
 def payload(body: Callable[[Any, Any], None]) -> bytes:

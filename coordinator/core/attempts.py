@@ -13,6 +13,8 @@ from edif_mesh.domain.ids import SiteId
 from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.wire.messages import Manifest, Report, ReportReceived, StopAttempt
 
+AGENT_RESTARTED = "agent_restarted"
+"""The failure code of a report that a new run of an agent makes of an attempt that its old run held: it is gone."""
 _PROGRESS = frozenset({AttemptStatus.ACCEPTED, AttemptStatus.LOADING, AttemptStatus.RUNNING})
 
 
@@ -172,6 +174,9 @@ def _apply(draft: Draft, job: JobRecord, attempt: AttemptRecord, report: Report,
         failure = Failure("bad_manifest", f"{attempt.site} reported a result whose manifest does not fit the job.")
     if status not in ATTEMPT_TRANSITIONS[attempt.status] and status is not attempt.status:
         draft.change_attempt(attempt, sequence=report.sequence)
+        return
+    if failure is not None and failure.code == AGENT_RESTARTED:
+        lose(draft, draft.change_attempt(attempt, sequence=report.sequence), failure)
         return
     new = draft.change_attempt(
         attempt,

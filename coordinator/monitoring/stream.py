@@ -97,6 +97,8 @@ class StreamResponse:
         watcher = asyncio.create_task(_gone(receive), name="monitoring reader's end")
         try:
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done() and sender.exception() is None:  # the hub was closed; a stalled reader is just cut off
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             for task in (sender, watcher):
                 task.cancel()

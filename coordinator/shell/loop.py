@@ -27,7 +27,7 @@ from coordinator.core.events import (
     SiteDisconnected,
     Ticked,
 )
-from coordinator.core.state import AttemptChanged, Change, JobChanged, MeshState, evolve, forget_job
+from coordinator.core.state import AttemptChanged, Change, JobChanged, MeshState, SiteChanged, evolve, forget_job
 from coordinator.monitoring.metrics import Metrics
 from coordinator.shell.recording import Changed
 from coordinator.shell.recovery import ENDED_IN_MEMORY, History
@@ -45,6 +45,9 @@ RETRY_S = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Pauses between the tries of a recording that failed; the last one repeats."""
 _HARMLESS = (AdvertReceived, GrantAnswered, LinkLost, LinkReturned, MeshAsked, SiteDisconnected)
 """What is taken on while the record cannot be written: none of it promises anything to a researcher."""
+
+FLUSH_S = 1.0
+"""How long a renewed lease or an answered grant may wait for the next transaction."""
 
 Settled = Callable[[Failure | None], None]
 """Called once an event is decided and recorded, or with the reason why it was not taken on; must not block."""
@@ -80,6 +83,9 @@ class Loop:
         self._store, self._metrics, self._now_ms, self._send = store, metrics, now_ms, send
         self._queue: asyncio.Queue[Arrival] = asyncio.Queue(MAX_WAITING)
         self._writer = ThreadPoolExecutor(1, "record")
+        self._pending = Changed()
+        """What is applied and not yet written; between batches only what `_may_wait`."""
+        self._flushed_at = time.monotonic()
         self._ended = deque(job for job, record in state.jobs.items() if record.terminal)
         self.all_in_memory = len(self._ended) < ENDED_IN_MEMORY
         """Whether no job is in the record only."""
@@ -115,26 +121,27 @@ class Loop:
             await self._take(batch)
 
     def close(self) -> None:
-        """Let the last transaction end."""
+        """Let the last transaction end. What may wait is not written: a new term finds it out again."""
         self._writer.shutdown(wait=True)
 
     async def _take(self, batch: Sequence[Arrival]) -> None:
         self._moved_at = time.monotonic()
-        changed, sends, settled = Changed(), list[Outgoing](), list[Settled]()
+        sends, settled, must_record = list[Outgoing](), list[Settled](), False
         for arrival in batch:
-            decision = self._step(arrival, changed)
+            decision = self._step(arrival)
             if decision is not None:
+                must_record = must_record or not _may_wait(arrival.event, decision)
                 sends += decision.send
                 settled += [arrival.settled] if arrival.settled is not None else []
-        if changed.durable:
-            sends += await self._record(changed)
+        if self._pending.durable and (must_record or self._moved_at - self._flushed_at >= FLUSH_S):
+            sends += await self._record()
         for settle in settled:
             settle(None)
         self._send(sends)
         self._forget()
         self.changes += 1
 
-    def _step(self, arrival: Arrival, changed: Changed) -> Decision | None:
+    def _step(self, arrival: Arrival) -> Decision | None:
         """Decide one event and apply it; a rule that breaks costs this event only, for nothing has changed by then."""
         event, now_ms, began = arrival.event, self._now_ms(), time.perf_counter()
         self._bring_back(arrival.recalled)
@@ -148,16 +155,16 @@ class Loop:
                 )
             return None
         self._count(event, decision.record)
-        changed.add(decision.record, self.state.jobs)
+        self._pending.add(decision.record, self.state.jobs)
         apply(self.state, event, decision.record, now_ms)
         self._metrics.decision_seconds.observe(time.perf_counter() - began)
         return decision
 
-    async def _record(self, changed: Changed) -> list[Outgoing]:
-        """Write what changed, trying until it works; returns what harmless events have asked to send meanwhile."""
+    async def _record(self) -> list[Outgoing]:
+        """Write what is pending, trying until it works; returns what harmless events have asked to send meanwhile."""
         loop, held, tries = asyncio.get_running_loop(), list[Outgoing](), 0
         while True:
-            began, recording = time.perf_counter(), changed.recording(self.state.epoch)
+            began, recording = time.perf_counter(), self._pending.recording(self.state.epoch)
             try:
                 await loop.run_in_executor(self._writer, self._store.apply, recording)
             except RecordError as error:
@@ -165,16 +172,17 @@ class Loop:
                 if self.failing is None:
                     log.error("record not written", extra={"reason": str(error)})
                 self.failing = str(error)
-                held += await self._serve_harmless(changed, RETRY_S[min(tries, len(RETRY_S) - 1)])
+                held += await self._serve_harmless(RETRY_S[min(tries, len(RETRY_S) - 1)])
                 tries += 1
                 continue
+            self._pending, self._flushed_at = Changed(), time.monotonic()
             self._metrics.commit_seconds.observe(time.perf_counter() - began)
             if self.failing is not None:
                 log.warning("record written again", extra={"tries": tries + 1})
                 self.failing = None
             return held
 
-    async def _serve_harmless(self, changed: Changed, seconds: float) -> list[Outgoing]:
+    async def _serve_harmless(self, seconds: float) -> list[Outgoing]:
         """For `seconds` take on what is harmless, into the same recording, and turn the rest away."""
         held: list[Outgoing] = []
         try:
@@ -183,7 +191,7 @@ class Loop:
                     arrival = await self._queue.get()
                     self._moved_at = time.monotonic()
                     if isinstance(arrival.event, _HARMLESS):
-                        decision = self._step(arrival, changed)
+                        decision = self._step(arrival)
                         sends = decision.send if decision is not None else ()
                         self._send([item for item in sends if isinstance(item, Reply)])
                         held += [item for item in sends if not isinstance(item, Reply)]
@@ -227,3 +235,19 @@ class Loop:
     def _was_terminal(self, job: JobId) -> bool:
         before = self.state.jobs.get(job)
         return before is not None and before.terminal
+
+
+def _may_wait(event: Event, decision: Decision) -> bool:
+    """Whether nothing is lost when the process dies before this is written.
+
+    So it is with a lease that is renewed (a new term renews them all), a mere sign of life, and the answer to a grant (a
+    new term sends the grant again, and the site answers again). Whatever changes a status is recorded before it is told.
+    """
+    if not decision.record:
+        return True
+    if not isinstance(event, AdvertReceived | GrantAnswered):
+        return False
+    return all(
+        isinstance(change, AttemptChanged) or (isinstance(change, SiteChanged) and not change.durable)
+        for change in decision.record
+    )

@@ -72,7 +72,7 @@ class Outbox:
                 case PublishJob(job):
                     self._publish_job(job)
                 case PublishRefusal(job, refusal):
-                    self.refuse(job, refusal)
+                    self._refuse_order(job, refusal)
                 case PurgePayload(job):
                     self._once(("purge", job), self._purge(job))
                 case _:
@@ -99,6 +99,13 @@ class Outbox:
         if record is not None:
             message = snapshot(Draft(self._state, self._now_ms()), record)
             self._start(self._publish(subjects.job_updates(job), self._sealed(message)))
+
+    def _refuse_order(self, job: JobId, refusal: Refusal) -> None:
+        """Refuse an order, unless a job of that id is recorded: its owner watches, and this was another's order."""
+        if job in self._state.jobs:
+            log.warning("order refused", extra={"job": job, "code": refusal.failure.code})
+        else:
+            self.refuse(job, refusal)
 
     async def _publish(self, subject: str, data: bytes) -> None:
         try:

@@ -11,6 +11,7 @@ from coordinator.core.events import Event, LinkLost, LinkReturned, TermStarted, 
 from coordinator.monitoring.app import Monitoring
 from coordinator.monitoring.metrics import Metrics
 from coordinator.monitoring.server import HttpServer
+from coordinator.shell.disconnects import watch_disconnects
 from coordinator.shell.inbox import Inbox
 from coordinator.shell.leadership import Leadership
 from coordinator.shell.loop import Arrival, Loop
@@ -42,13 +43,19 @@ class Service:
     """One term of one coordinator."""
 
     def __init__(
-        self, config: CoordinatorConfig, key: PrivateKey, trust: TrustStore, bus: Bus, streams: Streams
+        self,
+        config: CoordinatorConfig,
+        key: PrivateKey,
+        trust: TrustStore,
+        bus: Bus,
+        streams: Streams,
+        system: Bus | None = None,
     ) -> None:
         """Take the lock, open the record, begin a term and recover; blocking.
 
         Raises ConfigError (another coordinator leads, a database or an address of no use), RecordError.
         """
-        self._config, self._bus, self._streams = config, bus, streams
+        self._config, self._bus, self._streams, self._system = config, bus, streams, system
         self._leadership = Leadership(config.database_url)
         try:
             self._store = Store(config.database_url)
@@ -91,6 +98,8 @@ class Service:
         await self._ensure()
         self._bus.on_link(self._on_link)
         await self._inbox.start(self._bus, self._streams)
+        if self._system is not None:
+            await watch_disconnects(self._system, self._happened)
         self._tasks.append(asyncio.create_task(self._tick(), name="ticks"))
         await self._http.start()
         self._reading.recovered = True

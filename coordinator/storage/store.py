@@ -29,7 +29,13 @@ class Store:
     def __init__(self, url: str) -> None:
         """Open `url` and bring its schema up to date; raises ConfigError, RecordError."""
         self._engine = open_engine(url)
-        self._insert: Any = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
+        self._sqlite = self._engine.dialect.name == "sqlite"
+        insert: Any = sqlite.insert if self._sqlite else postgresql.insert
+        self._put_job = _upsert(insert, JobRow, ("job",), _JOB_CHANGES, guarded=True)
+        self._put_attempt = _upsert(insert, AttemptRow, ("job", "attempt"), ("status", "active", "record"))
+        self._put_site = _upsert(insert, SiteRow, ("site",), ("record",))
+        self._put_order = insert(_table(OrderRow)).on_conflict_do_nothing()
+        self._add_audit = _table(AuditRow).insert()
         with transaction(self._engine, write=True) as connection:
             migrate(connection)
 
@@ -56,15 +62,20 @@ class Store:
         """
         with transaction(self._engine, write=True) as connection:
             self._check_term(connection, recording.epoch)
-            self._put_jobs(connection, recording.jobs)
-            self._upsert(connection, AttemptRow, [_columns(item) for item in recording.attempts], ("job", "attempt"))
-            self._upsert(connection, SiteRow, [_columns(item) for item in recording.sites], ("site",))
-            if recording.orders:
-                statement = self._insert(_table(OrderRow)).on_conflict_do_nothing()
-                connection.execute(statement, [_columns(item) for item in recording.orders])
+            for job in recording.jobs:
+                done = cast("CursorResult[Any]", connection.execute(self._put_job, _columns(job)))
+                if done.rowcount == 0:
+                    raise StaleRecordError(f"{job.job}: version {job.version} is not newer than the recorded one.")
+            for statement, items in (
+                (self._put_attempt, recording.attempts),
+                (self._put_site, recording.sites),
+                (self._put_order, recording.orders),
+            ):
+                if items:
+                    connection.execute(statement, [_columns(item) for item in items])
             if recording.audit:
                 lines = [_columns(item) | {"epoch": recording.epoch} for item in recording.audit]
-                connection.execute(_table(AuditRow).insert(), [_without_number(line) for line in lines])
+                connection.execute(self._add_audit, [_without_number(line) for line in lines])
 
     def probe(self, epoch: Epoch) -> None:
         """Write nothing new, but durably: shows that the record can be written (errors as `apply`)."""
@@ -74,32 +85,11 @@ class Store:
 
     def _check_term(self, connection: Connection, epoch: Epoch) -> None:
         query = select(_table(TermRow).c.epoch)
-        if self._insert is not sqlite.insert:  # SQLite holds its write lock already
+        if not self._sqlite:  # SQLite holds its write lock already
             query = query.with_for_update()
         found = int(connection.execute(query).scalar_one())
         if found != epoch:
             raise LostLeadershipError(epoch, found)
-
-    def _put_jobs(self, connection: Connection, jobs: Sequence[StoredJob]) -> None:
-        table = _table(JobRow)
-        for job in jobs:
-            insert = self._insert(table)
-            columns = {name: insert.excluded[name] for name in _JOB_CHANGES}
-            statement = insert.on_conflict_do_update(
-                index_elements=["job"], set_=columns, where=table.c.version < insert.excluded.version
-            )
-            result = cast("CursorResult[Any]", connection.execute(statement, _columns(job)))
-            if result.rowcount == 0:
-                raise StaleRecordError(f"{job.job}: version {job.version} is not newer than the recorded one.")
-
-    def _upsert(
-        self, connection: Connection, row: type[SQLModel], values: list[dict[str, Any]], key: tuple[str, ...]
-    ) -> None:
-        if not values:
-            return
-        insert = self._insert(_table(row))
-        columns = {name: insert.excluded[name] for name in values[0] if name not in key}
-        connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_=columns), values)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -186,6 +176,19 @@ class Store:
     def _rows(self, query: Select[Any]) -> Sequence[Any]:
         with transaction(self._engine, write=False) as connection:
             return connection.execute(query).all()
+
+
+def _upsert(
+    insert: Any, row: type[SQLModel], key: tuple[str, ...], changes: tuple[str, ...], *, guarded: bool = False
+) -> Any:
+    """Return insert-or-replace; `guarded` replaces only an older version."""
+    table = _table(row)
+    statement = insert(table)
+    return statement.on_conflict_do_update(
+        index_elements=list(key),
+        set_={name: statement.excluded[name] for name in changes},
+        where=table.c.version < statement.excluded.version if guarded else None,
+    )
 
 
 def _table(row: type[SQLModel]) -> Table:

@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edif_mesh.client.fetch import ResultFetch, check_manifest
-from edif_mesh.domain.ids import Digest, JobId
+from edif_mesh.domain.ids import Digest, JobId, SiteId
 from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.errors import (
-    ChunkError,
     EdifError,
     JobCancelledError,
     JobError,
@@ -26,10 +24,14 @@ from edif_mesh.errors import (
     TransportError,
     UserCodeError,
 )
+from edif_mesh.results.manifest import check_manifest, check_sizes
+from edif_mesh.results.transfer_read import ResultReader
+from edif_mesh.results.transfer_sinks import BufferSink
 from edif_mesh.transport.ports import Incoming, Subscription
 from edif_mesh.wire import subjects
-from edif_mesh.wire.envelope import kind_of
-from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, LogLines, Manifest, Refusal
+from edif_mesh.wire.codec import decode_as
+from edif_mesh.wire.envelope import body_of, kind_of
+from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, LogLines, Manifest, Order, Refusal
 
 if TYPE_CHECKING:
     from edif_mesh.client.mesh import Mesh
@@ -51,6 +53,8 @@ class Job:
         self._updates: asyncio.Queue[JobSnapshot | Refusal] | None = None
         self._subscription: Subscription | None = None
         self._last: JobSnapshot | None = None
+        self._sink: BufferSink | None = None
+        self._reader: ResultReader | None = None
 
     def __repr__(self) -> str:
         status = self._last.status.value if self._last else "unknown"
@@ -139,15 +143,13 @@ class Job:
         """Yield what the job has printed, attempt by attempt; with `follow`, go on until it ends."""
         subject = subjects.all_log_lines(self.id)
         stored = sum((await self._mesh.streams.subjects(subjects.LOGS_STREAM, subject)).values())
-        ended = None if follow else asyncio.ensure_future(asyncio.sleep(0))
-        if follow:
-            ended = asyncio.ensure_future(self.wait())
+        ended: asyncio.Future[Any] = asyncio.ensure_future(self.wait() if follow else asyncio.sleep(0, None))
         reader = self._mesh.streams.read(subjects.LOGS_STREAM, subject)
         count = 0
         try:
             while count < stored or follow:
                 upcoming = asyncio.ensure_future(anext(reader))
-                waiting: set[asyncio.Future[Any]] = {upcoming} if ended is None or count < stored else {upcoming, ended}
+                waiting: set[asyncio.Future[Any]] = {upcoming} if count < stored else {upcoming, ended}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if not upcoming.done():
                     stored = sum((await self._mesh.streams.subjects(subjects.LOGS_STREAM, subject)).values())
@@ -159,8 +161,7 @@ class Job:
                 for line in self._open_lines(upcoming.result().data):
                     yield line
         finally:
-            if ended is not None:
-                ended.cancel()
+            ended.cancel()
 
     # -------------------------------------------------------------------------------------------------------- result
 
@@ -186,7 +187,7 @@ class Job:
         *,
         on_update: Callable[[JobSnapshot], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> bytearray:
+    ) -> memoryview:
         """Like `result`, but the verified archive's bytes."""
         last = self._last if self._last is not None and self._last.status.terminal else await self.wait(on_update)
         return await self.fetch(self.verified_manifest(last), progress)
@@ -197,23 +198,46 @@ class Job:
         if snapshot.manifest is None:
             raise ManifestError(f"The coordinator says that {self.id} succeeded, but gave no manifest.")
         opened = self._mesh.open(snapshot.manifest, Manifest)
-        digest = self._digest or snapshot.order_digest
-        check_manifest(opened.message, job=self.id, order_digest=digest, signer=opened.identity.name)
-        return opened.message
+        manifest, site = opened.message, SiteId(opened.identity.name)
+        if (order := self._order()) is not None and self._digest is not None:
+            check_manifest(manifest, order, self._digest, site=site)
+        elif (manifest.job, manifest.site, manifest.order_digest) != (self.id, site, snapshot.order_digest):
+            raise ManifestError("The manifest belongs to another job or site; the result was not accepted.")
+        check_sizes(manifest)
+        return manifest
 
-    async def fetch(self, manifest: Manifest, progress: Callable[[int, int], None] | None = None) -> bytearray:
-        """Return the archive of a verified manifest; goes on from what it has when the link breaks."""
-        fetch = ResultFetch(self._mesh.streams, manifest)
+    async def follow_result(self) -> None:
+        """Begin to take the result's chunks while the job still runs; `result` then has little left to fetch."""
+        await self._result_reader().follow()
+
+    async def fetch(self, manifest: Manifest, progress: Callable[[int, int], None] | None = None) -> memoryview:
+        """Return the archive of a verified manifest; goes on from what it has when the link breaks.
+
+        Raises ChunkError that names what is missing or altered, NotConnectedError when the broker stays away.
+        """
+        reader = self._result_reader()
         for left in reversed(range(_FETCH_TRIES)):
             try:
-                return await fetch.run(progress)
-            except* (NoReplyError, NotConnectedError) as group:
+                await reader.read(manifest, progress)
+                break
+            except (NoReplyError, NotConnectedError):
                 if left == 0:
-                    raise group.exceptions[0] from None
-            except* (ChunkError, TransportError) as group:
-                raise group.exceptions[0] from None
-            await asyncio.sleep(0.5)
-        raise AssertionError("unreachable")
+                    raise
+                await asyncio.sleep(0.5)
+        await reader.close()
+        assert self._sink is not None
+        data, self._sink, self._reader = self._sink.data, None, None
+        return data
+
+    def _result_reader(self) -> ResultReader:
+        if self._reader is None:
+            self._sink = BufferSink()
+            self._reader = ResultReader(self._mesh.bulk, self.id, self._sink)
+        return self._reader
+
+    def _order(self) -> Order | None:
+        envelope = self._mesh.outbox.order(self.id)
+        return decode_as(Order, body_of(envelope)) if envelope is not None else None
 
     async def fetch_to(self, path: Path, progress: Callable[[int, int], None] | None = None) -> int:
         """Write the archive to `path` (atomically) and return its size."""
@@ -229,7 +253,11 @@ class Job:
         assert self._updates is not None
         try:
             kind = kind_of(incoming.data)
-            update = self._mesh.open(incoming.data, Refusal if kind == "refusal" else JobSnapshot).message
+            update: JobSnapshot | Refusal
+            if kind == "refusal":
+                update = self._mesh.open(incoming.data, Refusal).message
+            else:
+                update = self._mesh.open(incoming.data, JobSnapshot).message
         except EdifError as error:
             log.warning("update refused", extra={"job": self.id, "error": str(error)})
             return

@@ -22,6 +22,7 @@ from edif_mesh.errors import EdifError, NoReplyError, NotConnectedError, NotFoun
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
 from edif_mesh.results.payloads import put_payload
+from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import Connection, connect
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import Opened, envelope_digest, kind_of, open_envelope, seal
@@ -72,6 +73,7 @@ class Mesh:
     def __init__(self, config: ClientConfig, key: PrivateKey, trust: TrustStore, connection: Connection) -> None:
         self.config, self.key, self.trust = config, key, trust
         self.bus, self.streams = connection.bus, connection.streams
+        self.bulk = NatsBulk.beside(connection)
         self.outbox = Outbox(config.outbox_dir)
         self._connection = connection
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -88,7 +90,9 @@ class Mesh:
             user=config.broker.user,
             password=read_password(config.broker),
         )
-        return cls(config, key, trust, connection)
+        mesh = cls(config, key, trust, connection)
+        await mesh.bulk.lane()
+        return mesh
 
     async def __aenter__(self) -> Mesh:
         return self
@@ -102,14 +106,15 @@ class Mesh:
         """Close the connection; jobs go on without us."""
         for task in list(self._tasks):
             task.cancel()
+        await self.bulk.close()
         await self._connection.close()
 
     # ------------------------------------------------------------------------------------------------------- jobs
 
-    async def submit(self, payload: bytes, spec: JobSpec) -> Job:
+    async def submit(self, payload: bytes, spec: JobSpec, *, follow: bool = True) -> Job:
         """Sign an order for `payload` and hand it to the mesh; returns once the broker keeps both durably.
 
-        The order waits in the outbox until the coordinator has recorded it; `Job.watch` tells when. Raises StoreFullError,
+        With `follow` the result's chunks are taken as soon as they are stored. The order waits in the outbox until the coordinator has recorded it; `Job.watch` tells when. Raises StoreFullError,
         TransportError (the order is then still in the outbox and `flush_outbox` sends it).
         """
         now = now_ms()
@@ -139,7 +144,7 @@ class Mesh:
         envelope = seal(order, self.key)
         handle = Job(self, job, envelope_digest(envelope))
         keeping = asyncio.to_thread(self.outbox.keep, job, envelope, payload)
-        await asyncio.gather(keeping, handle.start_watching())
+        await asyncio.gather(keeping, handle.start_watching(), *([handle.follow_result()] if follow else []))
         await self._send_order(job, envelope, payload)
         return handle
 
@@ -207,7 +212,7 @@ class Mesh:
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         """Run something beside us until `close`."""
-        task = asyncio.ensure_future(work)
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

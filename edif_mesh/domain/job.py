@@ -50,7 +50,7 @@ class Limits:
     """What one attempt may use; a site's policy may only lower them."""
 
     wall_ms: int = 600_000
-    memory_bytes: int = 4 << 30
+    memory_bytes: int = 2 << 30
     """Memory of the runner beyond the shared weights."""
     result_bytes: int = 8 << 30
     log_bytes: int = 1 << 20

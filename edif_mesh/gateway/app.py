@@ -10,14 +10,16 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import distributions, packages_distributions, version
+from importlib.metadata import distributions, packages_distributions
 from typing import Any
 
+import zstandard
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import HTTPException
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.datastructures import UploadFile
 
+from edif_mesh import __version__
 from edif_mesh.client.mesh import JobSpec, Mesh
 from edif_mesh.config import ClientConfig
 from edif_mesh.domain.job import JobClass
@@ -51,11 +53,11 @@ def create_app(config: ClientConfig, name: str = "gateway") -> Any:
             app.state.driver = Driver(mesh, sessions, results)
             yield
 
-    app = FastAPI(title="eDIF Mesh gateway", version=version("edif-mesh"), lifespan=lifespan)
+    app = FastAPI(title="eDIF Mesh gateway", version=__version__, lifespan=lifespan)
     _routes(app)
     app.add_exception_handler(EdifError, _on_error)
     hosts = frozenset({config.gateway_host, "127.0.0.1", "localhost", "[::1]"})
-    return LocalOnly(app, hosts)  # type: ignore[arg-type]
+    return LocalOnly(app, hosts)
 
 
 def _routes(app: FastAPI) -> None:
@@ -222,12 +224,23 @@ def _spec(data: str, payload: bytes, client: Versions) -> tuple[JobSpec, str]:
     spec = JobSpec(
         model=parse_model_key(key),
         compressed=bool(compress),
-        uncompressed_bytes=0 if compress else len(payload),
+        uncompressed_bytes=_declared_bytes(payload) if compress else len(payload),
         env=env,
         client=client,
         job_class=JobClass.INTERACTIVE if session else JobClass.BATCH,
     )
     return spec, session
+
+
+def _declared_bytes(payload: bytes) -> int:
+    """Return the size that a zstd frame declares: it goes into the order, and the runner stops decompressing there."""
+    try:
+        size: int = zstandard.frame_content_size(payload)
+    except zstandard.ZstdError as error:
+        raise HTTPException(400, "The request says that it is compressed, but it is not a zstd frame.") from error
+    if size > MAX_PAYLOAD_BYTES:
+        raise HTTPException(413, _too_large(size))
+    return size if size > 0 else MAX_PAYLOAD_BYTES
 
 
 def _client_versions(request: Request) -> Versions:

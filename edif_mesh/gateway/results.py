@@ -61,7 +61,7 @@ class ResultStore:
         return self.folder / f"{job}.{token}.pt"
 
 
-def make_blob(archive: bytearray, compress: bool) -> bytes:
+def make_blob(archive: memoryview, compress: bool) -> bytes:
     """Return the verified archive's values as the client loads them (runs in a thread; raises ArchiveError)."""
     return dump(read(archive), compress)
 

@@ -73,7 +73,7 @@ class Driver:
 
     async def submit(self, payload: bytes, spec: JobSpec, session: str, base_url: str) -> Job:
         """Submit and, for a blocking client, follow in the background; returns once the broker has the order."""
-        job = await self._mesh.submit(payload, spec)
+        job = await self._mesh.submit(payload, spec, follow=bool(session))
         self._remember(job.id, spec.compressed)
         self._mesh.spawn(self._follow(job, session, spec.compressed, base_url))
         return job

@@ -205,7 +205,7 @@ def _config_text(settings: EmbeddedSettings) -> str:
         "}",
     ]
     if settings.users:
-        users = " ".join(f"{{user: {json.dumps(n)}, password: {json.dumps(p)}}}" for n, p in settings.users)
+        users = ", ".join(f"{{user: {json.dumps(n)}, password: {json.dumps(p)}}}" for n, p in settings.users)
         lines += ["accounts {", f"  EDIF {{ jetstream: enabled, users: [{users}] }}"]
         if settings.system_user is not None:
             name, password = settings.system_user

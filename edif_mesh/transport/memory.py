@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from edif_mesh.errors import NoReplyError, NotConnectedError, StoreFullError, TransportError
-from edif_mesh.transport.ports import Delivery, Handler, Incoming, Stored, Subscription
+from edif_mesh.transport.ports import Arrived, Delivery, Handler, Incoming, Stored, Subscription
 from edif_mesh.wire.subjects import StreamSpec
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,10 @@ class MemoryBroker:
     def durable(self) -> MemoryStreams:
         """Return a new connection's streams."""
         return MemoryStreams(self)
+
+    def bulk(self) -> MemoryBulk:
+        """Return a new bulk connection."""
+        return MemoryBulk(self)
 
     def new_inbox(self) -> str:
         """Return a fresh subject for answers."""
@@ -208,7 +212,7 @@ class MemoryStreams:
 
     async def append(self, subject: str, data: bytes, *, message_id: str, timeout_ms: int = 5_000) -> int:
         """Store one message and return its sequence; a repeated id or a written-once subject keeps the first."""
-        stream = await self._stream_of(subject, timeout_ms)
+        stream = await self.stream_of(subject)
         if message_id in stream.ids:
             return stream.ids[message_id]
         if stream.spec.one_message_a_subject:
@@ -278,11 +282,79 @@ class MemoryStreams:
             raise TransportError(f"There is no stream {name}.")
         return self._broker.streams[name]
 
-    async def _stream_of(self, subject: str, timeout_ms: int) -> _Stream:
+    async def stream_of(self, subject: str) -> _Stream:
+        """Return the stream that takes `subject`; raises NoReplyError."""
         for stream in self._broker.streams.values():
             if matches(stream.spec.subject, subject):
                 return stream
         raise NoReplyError(f"No stream takes {subject}.")
+
+
+class MemoryBulk:
+    """`ports.Bulk` in memory."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._streams = MemoryStreams(broker)
+        self._bus = MemoryBus(broker)
+
+    async def store(
+        self, subject: str, pieces: Sequence[bytes | memoryview], *, message_id: str, timeout_ms: int = 60_000
+    ) -> bool:
+        """Store the joined `pieces`; False when the subject holds a message that did not come with this id."""
+        stream = await self._streams.stream_of(subject)
+        data = b"".join(pieces)
+        sequence = await self._streams.append(subject, data, message_id=message_id, timeout_ms=timeout_ms)
+        await self._bus.publish(subject, data)
+        return stream.ids.get(message_id) == sequence
+
+    async def get(self, stream: str, subject: str) -> Arrived | None:
+        """Return the last message of `subject`, or None."""
+        stored = await self._streams.get(stream, subject)
+        return None if stored is None else Arrived(subject, memoryview(stored.data), stored.sequence)
+
+    async def names(self, stream: str, subject: str) -> frozenset[str]:
+        """Return the subjects under `subject` that hold a message."""
+        return frozenset(await self._streams.subjects(stream, subject))
+
+    async def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
+        """Yield what `subject` holds from sequence `start` on, one message a batch, empty ones when nothing comes."""
+        reading = self._streams.read(stream, subject)
+        following = asyncio.ensure_future(anext(reading))
+        try:
+            while True:
+                done, _ = await asyncio.wait({following}, timeout=0.05)
+                if not done:
+                    yield []
+                    continue
+                stored, following = following.result(), asyncio.ensure_future(anext(reading))
+                if stored.sequence >= start:
+                    yield [Arrived(stored.subject, memoryview(stored.data), stored.sequence)]
+        finally:
+            following.cancel()
+
+    async def listen(
+        self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
+    ) -> Callable[[], None]:
+        """Call `receiver(subject, data)` for the next `at_most` messages published there."""
+        left = at_most
+
+        async def heard(message: Incoming) -> None:
+            nonlocal left
+            if left > 0:
+                left -= 1
+                receiver(message.subject, memoryview(message.data))
+
+        await self._bus.subscribe(subject, heard)
+
+        def stop() -> None:
+            nonlocal left
+            left = 0
+
+        return stop
+
+    async def close(self) -> None:
+        """Close; idempotent."""
+        await self._bus.close()
 
 
 class _Consumer:

@@ -95,13 +95,12 @@ class DurableConsumer:
 
     async def _received(self, message: Msg) -> None:
         status = status_of(message)
-        current = message.subject.rpartition(".")[2] == str(self._pull)
+        current = message.subject.rpartition(".")[2] == str(self._pull)  # of a status; data keeps its own subject
         if not status:
             await self._queue.put(message)
-            if current:
-                self._wanted -= 1
-                if self._wanted <= 0:
-                    self._wake.set()
+            self._wanted -= 1
+            if self._wanted <= 0:
+                self._wake.set()
         elif status == "503" or (status == "409" and "Deleted" in str((message.headers or {}).get("Description"))):
             await self._recreate()
         elif status in {"404", "408", "409"} and current:

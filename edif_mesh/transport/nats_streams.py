@@ -132,6 +132,11 @@ class NatsStreams:
         try:
             await self._link.api(f"STREAM.CREATE.{spec.name}", wanted)
         except ApiError as error:
+            if error.number in _FULL:
+                raise StoreFullError(
+                    f"The broker's store has no room for the {max_bytes} bytes that stream {spec.name} may take; "
+                    "give the broker more (max_file_store) or the streams less."
+                ) from error
             if error.number != _NAME_IN_USE:
                 raise
             await self._link.api(f"STREAM.UPDATE.{spec.name}", wanted)

@@ -1,12 +1,12 @@
 """The doors of the mesh to its broker: what the shells may ask for, and nothing of NATS itself.
 
-Adapters: `nats_bus.py` (the real one) and `memory.py` (tests of shells that need no broker).
+Adapters: `nats_bus.py` and `bulk.py` (the real ones) and `memory.py` (tests of shells that need no broker).
 Every method raises only errors of `edif_mesh.errors` (`TransportError` and below) or `asyncio.CancelledError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,3 +113,49 @@ class Streams(Protocol):
 
     async def subjects(self, stream: str, subject: str) -> dict[str, int]:
         """Return how many messages each subject under `subject` holds; what is missing from a transfer shows here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """One stored message as a `Bulk` pushes it."""
+
+    subject: str
+    data: memoryview
+    sequence: int
+
+
+class Bulk(Protocol):
+    """Large bytes to and from the streams, on a connection of their own; heals by itself."""
+
+    async def store(
+        self, subject: str, pieces: Sequence[bytes | memoryview], *, message_id: str, timeout_ms: int = 60_000
+    ) -> bool:
+        """Store the joined `pieces` as one message (at most 1 MiB) durably; repeats until `timeout_ms` have passed.
+
+        Returns False when the write-once subject holds a message that did not come with this id. Raises StoreFullError,
+        and NoReplyError or NotConnectedError when it is not known to be stored.
+        """
+
+    async def get(self, stream: str, subject: str) -> Arrived | None:
+        """Return the last message of `subject`, or None; raises NoReplyError, NotConnectedError."""
+
+    async def names(self, stream: str, subject: str) -> frozenset[str]:
+        """Return the subjects under `subject` that hold a message; raises NoReplyError, NotConnectedError."""
+
+    def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
+        """Yield what `subject` holds from sequence `start` on, in order, in batches, for ever.
+
+        Taking the next batch tells the broker to go on. An empty batch means that all there was has been given, that
+        nothing came for a while, or that the link was lost and the push begins again behind the last message. Raises NotConnectedError when closed.
+        """
+
+    async def listen(
+        self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
+    ) -> Callable[[], None]:
+        """Call `receiver(subject, data)` for the next `at_most` messages published there; best effort, lost on a cut.
+
+        Returns how to stop sooner.
+        """
+
+    async def close(self) -> None:
+        """Close; idempotent."""

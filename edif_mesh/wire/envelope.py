@@ -93,6 +93,11 @@ def kind_of(raw: bytes | str) -> str:
     return kind.removeprefix("application/vnd.edif.").partition(".")[0]
 
 
+def body_of(envelope: str) -> bytes:
+    """Return the body of an envelope of our own making, unverified; raises WireError."""
+    return _parts(envelope)[1]
+
+
 def envelope_digest(text: str) -> Digest:
     """Return the SHA-256 of an envelope's exact bytes: the name of an order in grants, reports and manifests."""
     return Digest(hashlib.sha256(text.encode()).hexdigest())

@@ -10,7 +10,7 @@ from edif_mesh.domain.attempt import AttemptStatus, Blame, Receipt
 from edif_mesh.domain.ids import AttemptNumber, Digest, Epoch, JobId
 from edif_mesh.domain.job import Failure
 from edif_mesh.domain.site import ModelState, SiteStatus
-from edif_mesh.wire.messages import LeaseRenewed, Report, ReportReceived, StopAttempt
+from edif_mesh.wire.messages import Grant, LeaseRenewed, Report, ReportReceived, StopAttempt
 from site_agent.core import events as ev
 from site_agent.core.admission import MAX_WINDOW_MS, SKEW_MS, decline, refuse_bundle, refuse_replay
 from site_agent.core.changes import (
@@ -141,7 +141,7 @@ def _grant(event: ev.GrantReceived | ev.BadOrderReceived, state: State, now: Now
     refusal = refuse_bundle(grant, event.digest, state)
     key = (grant.job, grant.attempt)
     if refusal is None and (key in state.held or key in state.unsent):
-        return Decision()
+        return _repeated(grant, state)
     refusal = refusal or refuse_replay(grant, state)
     if refusal is not None:
         return Decision((_refused(key, refusal),), refusal=refusal)
@@ -150,6 +150,15 @@ def _grant(event: ev.GrantReceived | ev.BadOrderReceived, state: State, now: Now
         return _declined(event, failure, state, now)
     assert isinstance(event, ev.GrantReceived)
     return _accepted(event, state, now)
+
+
+def _repeated(grant: Grant, state: State) -> Decision:
+    """A grant of what is held or reported already starts nothing and extends no lease; a new term counts."""
+    record = list(_raised(grant.epoch, state))
+    held = state.held.get((grant.job, grant.attempt))
+    if held is not None and held.digest == grant.order_digest and grant.epoch > held.epoch:
+        record.append(HeldChanged(replace(held, epoch=grant.epoch)))
+    return Decision(tuple(record))
 
 
 def _declined(event: ev.GrantReceived | ev.BadOrderReceived, failure: Failure, state: State, now: Now) -> Decision:

@@ -103,7 +103,7 @@ def _warm_up(model: Any) -> bytes | None:
     prompt = "Warm up." if model.tokenizer is not None else torch.tensor([[1, 2, 3]])
     try:
         with model.trace(prompt, backend=capture):
-            warm = model.output.save()
+            warm = model.output.save()  # noqa: F841
             print("", end="")
         execute(capture.payload, model)
     except Exception as error:
@@ -134,11 +134,12 @@ def _serve_forks(control: socket.socket, model: Any, payload: bytes | None, sett
 
 
 def _fork(control: socket.socket, descriptor: int, model: Any, payload: bytes | None, settings: Any) -> None:
+    host = os.getpid()
     pid = os.fork()
     if pid == 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        serve(socket.socket(fileno=descriptor), model, payload, settings)
+        serve(socket.socket(fileno=descriptor), model, payload, settings, host)
     os.close(descriptor)
     _say(control, {"forked": pid})
 

@@ -32,7 +32,7 @@ from site_agent.hosting.lender import HostSettings
 from site_agent.journal import Journal
 from site_agent.runner.confine import find_profile
 from site_agent.shell.attempts import Attempts, Equipment
-from site_agent.shell.bulk import Bulk
+from site_agent.shell.bulk import Cargo
 from site_agent.shell.catalogue import catalogue, hf_cache
 from site_agent.shell.heartbeat import Heartbeat
 from site_agent.shell.inbox import Inbox
@@ -50,11 +50,11 @@ _NEVER_MS = 1 << 62
 
 
 class SiteAgent:
-    """The agent of one site over open connections; `bulk` carries payloads and results."""
+    """The agent of one site over open connections; `cargo` carries payloads and results."""
 
     def __init__(
         self, config: SiteConfig, key: PrivateKey, trust: TrustStore, journal: Journal, bus: Bus, streams: Streams,
-        bulk: Streams,
+        cargo: Cargo,
     ) -> None:  # fmt: skip
         self._config, self._journal, self._bus = config, journal, bus
         self._remembered = journal.load()
@@ -91,7 +91,7 @@ class SiteAgent:
                 site=config.site,
                 key=key,
                 streams=streams,
-                bulk=Bulk(bulk),
+                cargo=cargo,
                 models=self._models,
                 limits=config.limits,
                 threads=config.threads,

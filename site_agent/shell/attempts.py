@@ -12,11 +12,13 @@ from pathlib import Path
 from edif_mesh.domain.attempt import Blame, Receipt
 from edif_mesh.domain.ids import SiteId
 from edif_mesh.domain.job import Failure, Limits
-from edif_mesh.errors import ChunkError, EdifError, NotFoundError, ResultError, RunnerError, StoreFullError
+from edif_mesh.errors import ChunkError, EdifError, RunnerError, StoreFullError
 from edif_mesh.identity.keys import PrivateKey
+from edif_mesh.results.manifest import ManifestParts, build_manifest
+from edif_mesh.results.transfer import CHUNK_BYTES
 from edif_mesh.transport.ports import Streams
 from edif_mesh.wire.envelope import seal
-from edif_mesh.wire.messages import Manifest, Order
+from edif_mesh.wire.messages import Order
 from site_agent.core.blame import blame_of
 from site_agent.core.events import (
     AttemptComputed,
@@ -36,13 +38,20 @@ from site_agent.runner.events import (
     RunnerSucceeded,
 )
 from site_agent.runner.supervisor import Runner, RunOptions
-from site_agent.shell.bulk import CHUNK_BYTES, Bulk, Stored
+from site_agent.shell.bulk import Cargo
 from site_agent.shell.logs import LogSender
 from site_agent.shell.loop import read_clocks
 from site_agent.shell.models import ModelKeeper
 from site_agent.shell.spool import Spool
 
 log = logging.getLogger(__name__)
+
+_IDLE_DEATHS = 4
+"""How many waiting runners of a host may be found dead before an attempt fails for it."""
+
+
+class _NeverStartedError(Exception):
+    """The lent runner was dead before it took the payload; the job has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,7 @@ class Equipment:
     key: PrivateKey
     streams: Streams
     """For log lines."""
-    bulk: Bulk
+    cargo: Cargo
     models: ModelKeeper
     limits: Limits
     threads: int
@@ -72,7 +81,7 @@ class Attempts:
     def prepare(self, held: Held) -> None:
         """Begin to fetch the payload: the acceptance is not on the disk yet, and may still fail."""
         if held.key not in self._fetching and held.key not in self._running:
-            fetch = self._with.bulk.payload(held.job, held.order.payload)
+            fetch = self._with.cargo.payload(held.job, held.order.payload)
             self._fetching[held.key] = asyncio.create_task(fetch, name=f"payload {held.job}")
 
     def start(self, held: Held) -> None:
@@ -116,7 +125,7 @@ class AttemptTask:
         self._runner: Runner | None = None
         self._logs = LogSender(held.key, equipment.site, equipment.key, equipment.streams)
         self._spool = Spool(equipment.spool_dir)
-        self._upload: asyncio.Task[Stored] | None = None
+        self._upload: asyncio.Task[ManifestParts] | None = None
         self.task = asyncio.create_task(self._guarded(), name=f"attempt {held.job}.{held.attempt}")
 
     def kill(self, reason: str) -> None:
@@ -153,38 +162,54 @@ class AttemptTask:
         try:
             payload = await self._payload
             self._runner = await lending
-        except (ResultError, NotFoundError) as error:
+        except ChunkError as error:
+            await self._with.tell(PayloadRefused(held.key, Failure("payload_mismatch", str(error))))
             self._runner = await lending
-            code = "payload_mismatch" if isinstance(error, ChunkError) else error.code
-            await self._with.tell(PayloadRefused(held.key, Failure(code, str(error))))
             return
         finally:
             lending.cancel()
-        receipt = await self._compute(payload)
+        receipt = await self._compute_once_started(payload)
         if receipt is None:
             return
         log.info("attempt computed", extra={"job": held.job, "attempt": held.attempt, "bytes": receipt.result_bytes})
         await self._with.tell(AttemptComputed(held.key))
-        self._with.models.replenish(held.order.model.repo_id)
         assert self._upload is not None
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
         await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
 
-    async def _compute(self, payload: bytes) -> Receipt | None:
-        """Run the payload; return the receipt when the whole archive is in the spool, None when it failed."""
+    async def _compute_once_started(self, payload: bytes) -> Receipt | None:
+        """As `_compute`, with another runner when a waiting one had died before it took the payload."""
+        for _ in range(_IDLE_DEATHS):
+            try:
+                return await self._compute(payload, may_be_dead=True)
+            except _NeverStartedError:
+                log.warning("a waiting runner was dead", extra={"job": self._held.job})
+                self._runner = await self._with.models.lend(self._held.order.model.repo_id)
+        return await self._compute(payload, may_be_dead=False)
+
+    async def _compute(self, payload: bytes, *, may_be_dead: bool) -> Receipt | None:
+        """Run the payload; return the receipt when the whole archive is in the spool, None when it failed.
+
+        Raises _NeverStartedError, with `may_be_dead`, when the runner was gone before it had the payload.
+        """
         assert self._runner is not None
-        key = self._held.key
+        key, started = self._held.key, False
         async with aclosing(self._runner.run(payload, self._options())) as happenings:  # type: ignore[type-var]
             async for event in happenings:
                 match event:
                     case RunnerStarted():
+                        started = True
                         await self._with.tell(AttemptStarted(key))
                     case RunnerLog(text):
                         self._logs.add(text)
                     case ResultOpened():
-                        self._upload = asyncio.create_task(self._with.bulk.store(key, self._spool), name=f"up {key[0]}")
+                        self._upload = asyncio.create_task(
+                            self._with.cargo.store(key, self._spool), name=f"up {key[0]}"
+                        )
                     case ResultChunk(data):
                         await self._spool.put(data)
+                    case RunnerFailed("runner_crashed") if may_be_dead and not started:
+                        raise _NeverStartedError
                     case RunnerFailed(code, text, receipt):
                         await self._logs.close()
                         await self._fail(Failure(code, text), blame_of(code), receipt)
@@ -211,19 +236,10 @@ class AttemptTask:
             chunk_bytes=CHUNK_BYTES,
         )
 
-    def _manifest(self, stored: Stored, receipt: Receipt) -> str:
-        held = self._held
-        manifest = Manifest(
-            order_digest=held.digest,
-            job=held.job,
-            attempt=held.attempt,
-            site=self._with.site,
-            archive_bytes=stored.archive_bytes,
-            chunk_bytes=stored.chunk_bytes,
-            chunks=stored.chunks,
-            root=stored.root,
-            issued_at_ms=read_clocks().wall_ms,
-            receipt=receipt,
+    def _manifest(self, parts: ManifestParts, receipt: Receipt) -> str:
+        held, now_ms = self._held, read_clocks().wall_ms
+        manifest = build_manifest(
+            held.order, held.digest, held.attempt, self._with.site, parts, receipt=receipt, now_ms=now_ms
         )
         return seal(manifest, self._with.key)
 

@@ -1,98 +1,90 @@
-"""Payloads in and results out, over a connection of its own: control messages never wait behind them."""
+"""Payloads in and results out, over connections of their own: control messages never wait behind them."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Sequence
 
-from edif_mesh.domain.ids import Digest, JobId
-from edif_mesh.errors import ChunkError, NotFoundError, StoreFullError, TransportError
-from edif_mesh.transport.ports import Streams
-from edif_mesh.wire import subjects
+from edif_mesh.domain.ids import JobId
+from edif_mesh.errors import NoReplyError, NotConnectedError
+from edif_mesh.results.manifest import ManifestParts
+from edif_mesh.results.payloads import get_payload
+from edif_mesh.results.transfer import ResultWriter
+from edif_mesh.transport.ports import Arrived, Bulk, Streams
 from edif_mesh.wire.messages import PayloadRef
 from site_agent.core.state import AttemptKey
 from site_agent.shell.spool import Spool
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 512 << 10
-_IN_FLIGHT = 32
-_PATIENCE_S = 60.0
+_RETRY_S = 0.5
+_PAYLOAD_PATIENCE_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A whole result at the broker, as its manifest describes it."""
+class Cargo:
+    """What the agent moves in bulk: `streams` for payloads, `bulk` for results."""
 
-    archive_bytes: int
-    chunk_bytes: int
-    chunks: int
-    root: Digest
-
-
-class Bulk:
-    """What the agent moves in bulk."""
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
+    def __init__(self, streams: Streams, bulk: Bulk) -> None:
+        self._streams, self._bulk = streams, _PatientBulk(bulk)
 
     async def payload(self, job: JobId, ref: PayloadRef) -> bytes:
-        """Return the payload. Raises NotFoundError when it is not stored, ChunkError when it is not what `ref` names."""
-        data = bytearray()
-        number = 0
-        while len(data) < ref.size_bytes or number == 0:
-            chunk = await self._chunk(job, number)
-            data += chunk
-            number += 1
-            if not chunk:
-                break
-        digest = hashlib.sha256(data).hexdigest()
-        if len(data) != ref.size_bytes or digest != ref.digest:
-            raise ChunkError(f"The stored payload of {job} is not the one that its order names; nothing was run.")
-        return bytes(data)
+        """Return the payload. Raises ChunkError when it is missing or not what `ref` names; waits for the broker."""
+        while True:
+            try:
+                return await get_payload(self._streams, job, ref, patience_s=_PAYLOAD_PATIENCE_S)
+            except (NoReplyError, NotConnectedError) as error:
+                log.info("payload waits", extra={"job": job, "text": str(error)})
+                await asyncio.sleep(_RETRY_S)
 
-    async def store(self, key: AttemptKey, spool: Spool) -> Stored:
-        """Store everything that `spool` yields, and the index; while the broker is away, wait. Raises StoreFullError."""
-        digests: list[bytes] = []
-        total = 0
-        window = asyncio.Semaphore(_IN_FLIGHT)
-        async with asyncio.TaskGroup() as group:
+    async def store(self, key: AttemptKey, spool: Spool) -> ManifestParts:
+        """Store everything that `spool` yields; waits for the broker. Raises StoreFullError, ChunkError."""
+        writer = ResultWriter(self._bulk, key[0], key[1])
+        try:
             while (chunk := await spool.get()) is not None:
-                await window.acquire()
-                digests.append(hashlib.sha256(chunk).digest())
-                total += len(chunk)
-                task = group.create_task(self._append(key, len(digests) - 1, bytes(chunk)))
-                task.add_done_callback(lambda _: window.release())
-        index = b"".join(digests)
-        await self._append(key, "index", index)
-        return Stored(total, CHUNK_BYTES, len(digests), Digest(hashlib.sha256(index).hexdigest()))
+                await writer.feed(memoryview(chunk))
+            return await writer.finish()
+        finally:
+            writer.abort()
 
-    async def _chunk(self, job: JobId, number: int) -> bytes:
-        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+    async def close(self) -> None:
+        """Close the bulk connection; idempotent."""
+        await self._bulk.close()
+
+
+class _PatientBulk:
+    """A bulk connection that goes on storing for as long as its caller lives: a finished result is not given up."""
+
+    def __init__(self, bulk: Bulk) -> None:
+        self._bulk = bulk
+        self._closed = False
+
+    async def store(
+        self, subject: str, pieces: Sequence[bytes | memoryview], *, message_id: str, timeout_ms: int = 60_000
+    ) -> bool:
         while True:
             try:
-                stored = await self._streams.get(subjects.PAYLOADS_STREAM, subjects.payload_chunk(job, number))
-            except TransportError:
-                if asyncio.get_running_loop().time() > deadline:
+                return await self._bulk.store(subject, pieces, message_id=message_id, timeout_ms=timeout_ms)
+            except (NoReplyError, NotConnectedError) as error:
+                if self._closed:
                     raise
-                await asyncio.sleep(0.2)
-                continue
-            if stored is None:
-                raise NotFoundError(f"The payload of {job} is not stored at the broker (chunk {number}).")
-            return stored.data
+                log.info("result waits", extra={"subject": subject, "text": str(error)})
+                await asyncio.sleep(_RETRY_S)
 
-    async def _append(self, key: AttemptKey, name: int | str, chunk: bytes) -> None:
-        subject = subjects.result_chunk(key[0], key[1], name)
-        wait_s = 0.1
-        while True:
-            try:
-                await self._streams.append(subject, chunk, message_id=f"{key[0]}.{key[1]}.{name}")
-                return
-            except StoreFullError:
-                raise
-            except TransportError as error:
-                log.info("result chunk waits", extra={"subject": subject, "text": str(error)})
-                await asyncio.sleep(wait_s)
-                wait_s = min(wait_s * 2, 5.0)
+    async def get(self, stream: str, subject: str) -> Arrived | None:
+        return await self._bulk.get(stream, subject)
+
+    async def names(self, stream: str, subject: str) -> frozenset[str]:
+        return await self._bulk.names(stream, subject)
+
+    def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
+        return self._bulk.push(stream, subject, start=start)
+
+    async def listen(
+        self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
+    ) -> Callable[[], None]:
+        return await self._bulk.listen(subject, receiver, at_most=at_most)
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._bulk.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 from edif_mesh.errors import EdifError, TransportError
@@ -19,9 +20,10 @@ from site_agent.shell.loop import AgentLoop, read_clocks
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = 0.02
+_GATHER_S = 0.05
 """Changes within this time share one advert."""
 _MAX_IN_FLIGHT = 4
+_DEVICES_EVERY_S = 5.0
 
 
 class Heartbeat:
@@ -32,6 +34,7 @@ class Heartbeat:
         self._wake = asyncio.Event()
         self._in_flight: set[asyncio.Task[None]] = set()
         self.answered = asyncio.Event()
+        self._looked_at = -_DEVICES_EVERY_S
 
     def soon(self) -> None:
         """Something changed."""
@@ -46,11 +49,11 @@ class Heartbeat:
                 task = asyncio.create_task(self._beat(), name="advert")
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
-            try:
-                await asyncio.wait_for(self._wake.wait(), period_s if self.answered.is_set() else min(period_s, 0.5))
+            # Never wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(period_s if self.answered.is_set() else min(period_s, 0.5)):
+                    await self._wake.wait()
                 await asyncio.sleep(_GATHER_S)
-            except TimeoutError:
-                continue
 
     async def close(self) -> None:
         """Drop what is in flight."""
@@ -58,10 +61,17 @@ class Heartbeat:
             task.cancel()
         await asyncio.gather(*self._in_flight, return_exceptions=True)
 
+    async def _look_at_devices(self) -> None:
+        """Read the free memory of the devices again, not at every advert: asking a GPU's driver takes its time."""
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at >= _DEVICES_EVERY_S:
+            self._looked_at = now
+            self._loop.state.devices = await asyncio.to_thread(hardware.devices)
+
     async def _beat(self) -> None:
         state = self._loop.state
         try:
-            state.devices = hardware.devices()
+            await self._look_at_devices()
             await self._loop.handle(AdvertDue())
             now = read_clocks()
             envelope = seal(build_advert(state, now), self._key)

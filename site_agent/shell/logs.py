@@ -55,7 +55,8 @@ class LogSender:
         self._wake.set()
         if self._task is not None:
             try:
-                await asyncio.wait_for(self._task, _GIVE_UP_S)
+                async with asyncio.timeout(_GIVE_UP_S):
+                    await self._task
             except TimeoutError:
                 log.warning("log lines dropped", extra={"job": self._key[0], "lines": len(self._lines)})
 
@@ -64,7 +65,8 @@ class LogSender:
             if not self._closing and len(self._lines) < _MAX_LINES:
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), _GATHER_S)
+                    async with asyncio.timeout(_GATHER_S):
+                        await self._wake.wait()
             await self._send(self._batch())
         self._task = None
 

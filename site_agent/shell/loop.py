@@ -74,6 +74,7 @@ class AgentLoop:
             log.error("journal failed", extra={"text": str(error)})
             self.state.note = str(error)
             return Failure(error.code, str(error))
+        self.state.note = ""
         return None
 
     def _may_audit(self, now: Now) -> bool:

@@ -239,7 +239,7 @@ async def test_a_payload_that_is_longer_than_its_order_says(coordinator: PlayedC
 async def test_a_payload_that_is_not_stored(coordinator: PlayedCoordinator) -> None:
     order = await coordinator.order(b"")
     order = replace(order, payload=PayloadRef(Digest("0" * 64), 3))
-    await declined(coordinator, order, await coordinator.place(order), "not_found")
+    await declined(coordinator, order, await coordinator.place(order), "payload_mismatch")
 
 
 # ------------------------------------------------------------------------------------------ bytes that are nothing

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,18 @@ def processes(site: Site) -> tuple[psutil.Process, list[psutil.Process]]:
     assert site.agent.process is not None
     (host,) = psutil.Process(site.agent.process.pid).children()
     return host, host.children()
+
+
+def busy(children: list[psutil.Process]) -> psutil.Process:
+    """Wait until one of the processes is clearly the one that computes, and return it."""
+    before = {child.pid: sum(child.cpu_times()[:2]) for child in children}
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for child in children:
+            if sum(child.cpu_times()[:2]) - before[child.pid] > 0.5:
+                return child
+        time.sleep(0.05)
+    raise AssertionError("no child computes")
 
 
 async def gone(found: list[psutil.Process], timeout_s: float = 5) -> None:
@@ -40,12 +53,21 @@ async def test_a_killed_runner_is_the_runners_blame_and_the_next_job_runs(tmp_pa
         await site.coordinator.place(order)
         await site.coordinator.running(order)
         _, children = processes(site)
-        busiest = max(children, key=lambda child: sum(child.cpu_times()[:2]))
-        busiest.kill()
+        (await asyncio.to_thread(busy, children)).kill()
         report = await site.coordinator.ended(order)
         assert (report.status, report.blame) == (AttemptStatus.FAILED, Blame.RUNNER)
         assert report.failure is not None
         assert report.failure.code == "runner_crashed"
+        await succeeds(site)
+
+
+async def test_runners_that_die_while_they_wait_cost_no_job(tmp_path: Path) -> None:
+    async with a_site(tmp_path) as site:
+        await succeeds(site)
+        _, children = processes(site)
+        for child in children:
+            child.kill()
+        await gone(children)
         await succeeds(site)
 
 

@@ -223,6 +223,7 @@ class Site:
         self.reports = 0
         self.answers = True
         self.placed: list[tuple[Grant, PlaceAttempt]] = []
+        self.placement: asyncio.Queue[Grant] = asyncio.Queue()
         self.stopped: list[StopAttempt] = []
         self.held: dict[JobId, AttemptRef] = {}
 
@@ -238,6 +239,7 @@ class Site:
             grant = open_envelope(place.grant, Grant, self.rig.trust, now_ms()).message
             assert envelope_digest(place.order) == grant.order_digest
             self.placed.append((grant, place))
+            self.placement.put_nowait(grant)
             if self.answers:
                 self.held[grant.job] = AttemptRef(grant.job, grant.attempt, AttemptStatus.ACCEPTED)
         if self.answers:

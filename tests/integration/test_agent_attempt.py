@@ -31,14 +31,13 @@ async def archive_of(coordinator: PlayedCoordinator, order: Order, report: Repor
     opened = open_envelope(report.manifest, Manifest, coordinator.keys.trust, now_ms())
     assert opened.key == coordinator.keys.site.id
     manifest, chunks = opened.message, []
-    for name in [*range(manifest.chunks), "index"]:
-        subject = subjects.result_chunk(order.job, report.attempt, name)
+    for number in range(manifest.chunks):
+        subject = subjects.result_chunk(order.job, report.attempt, number)
         stored = await coordinator.link.streams.get(subjects.RESULTS_STREAM, subject)
         assert stored is not None
         chunks.append(stored.data)
-    index = chunks.pop()
-    assert index == b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
-    assert manifest.root == hashlib.sha256(index).hexdigest()
+    digests = b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
+    assert manifest.root == hashlib.sha256(digests).hexdigest()
     assert all(len(chunk) == manifest.chunk_bytes for chunk in chunks[:-1])
     data = b"".join(chunks)
     assert len(data) == manifest.archive_bytes

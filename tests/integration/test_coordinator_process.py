@@ -8,6 +8,7 @@ import json
 import secrets
 import signal
 import sqlite3
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -25,7 +26,18 @@ from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.transport.nats_bus import Connection
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import seal
-from edif_mesh.wire.messages import AskJob, AskJobs, AskMesh, Grant, JobList, JobSnapshot, Manifest, MeshView, Refusal
+from edif_mesh.wire.messages import (
+    AskJob,
+    AskJobs,
+    AskMesh,
+    CancelJob,
+    Grant,
+    JobList,
+    JobSnapshot,
+    Manifest,
+    MeshView,
+    Refusal,
+)
 from tests.integration.coordinator_rig import ROOT, Researcher, Rig, Site, eventually, now_ms
 
 pytestmark = pytest.mark.timeout(90)
@@ -155,7 +167,7 @@ async def test_a_failed_attempt_moves_to_the_other_site(world: World) -> None:
     await world.sites["ansbach"].advertise()
     order = await world.ada.submit()
     grant = await world.until_placed("ansbach")
-    world.beat("heilbronn")
+    await world.sites["heilbronn"].advertise()
     failure = Failure("host_lost", "The model host died.")
     await world.sites["ansbach"].report(grant, AttemptStatus.FAILED, failure=failure, blame=Blame.SITE)
     second = await world.until_placed("heilbronn")
@@ -200,7 +212,7 @@ async def test_orders_that_must_not_be_believed_are_refused_with_their_reason(wo
     assert {expired.job, foreign.job} <= set(told)
 
 
-async def test_another_researcher_can_neither_see_nor_cancel_a_job(world: World) -> None:
+async def test_another_researcher_can_neither_see_nor_take_over_a_job(world: World) -> None:
     order = await world.ada.submit()
     await world.ada.until(order.job, "QUEUED")
     eve = PrivateKey.generate()
@@ -212,6 +224,12 @@ async def test_another_researcher_can_neither_see_nor_cancel_a_job(world: World)
 
     await eventually(refused, "the new key is known and the job hidden from it")
     assert (await other.ask(AskJobs(now_ms()), JobList)).jobs == ()
+    assert (await other.ask(CancelJob(order.job, now_ms()), Refusal)).failure.code == "not_found"
+    await other.send(seal(other.order(job=order.job), eve))
+    later = await world.ada.submit()
+    await world.ada.until(later.job, "QUEUED")
+    assert world.ada.refusals == [], "the owner is not told that another's order was refused"
+    assert (await world.ada.job(order.job)).status == "QUEUED"
 
 
 async def test_poisonous_bytes_on_every_subject_stop_nothing(world: World) -> None:
@@ -284,6 +302,59 @@ async def test_a_wiped_broker_loses_no_job(world: World) -> None:
         return None
 
     await eventually(accepted, "a new order after the wipe", 40)
+
+
+async def test_a_full_disk_is_a_sentence_and_no_order_is_lost(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "rig")
+    rig.database.parent.mkdir()
+    if not _mount_small(rig.database.parent):
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        rig.nats.start()
+        await rig.start()
+        connection = await rig.connect("test")
+        ada, site = Researcher(rig, connection), Site(rig, connection, "ansbach")
+        await site.open()
+        first = await ada.submit()
+        await ada.until(first.job, "QUEUED")
+        junk = rig.database.parent / "junk"
+        _fill(junk)
+        second = await ada.submit(name="x" * 200)
+
+        async def refused() -> bool:
+            with contextlib.suppress(EdifError):
+                return (await ada.ask(AskJob(second.job, now_ms()), Refusal)).failure.code == "record"
+            return False
+
+        await eventually(refused, "a sentence instead of an answer")
+        assert (await site.advertise()).site == site.name, "leases go on while the disk is full"
+        async with httpx.AsyncClient() as http:
+            reasons = (await http.get(f"{rig.url}/readyz")).json()["reasons"]
+        assert "cannot be written" in reasons[0]
+        assert [update.job for update in ada.updates] == [first.job], "nothing unrecorded is told to anybody"
+        assert site.placed == []
+        junk.unlink()
+        await eventually(lambda: len(site.placed) >= 2, "both orders placed once there is room")
+        assert {grant.job for grant, _ in site.placed} == {first.job, second.job}
+        await connection.close()
+    finally:
+        await rig.close()
+        _unmount(rig.database.parent)
+
+
+def _mount_small(folder: Path) -> bool:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    return subprocess.run(mount, capture_output=True, check=False).returncode == 0
+
+
+def _unmount(folder: Path) -> None:
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _fill(junk: Path) -> None:
+    with contextlib.suppress(OSError), junk.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 512)
 
 
 async def test_a_second_coordinator_on_the_same_record_is_refused(world: World) -> None:

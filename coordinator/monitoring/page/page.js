@@ -43,11 +43,10 @@ function span(ms) {
 const clock = (ms) => new Date(ms).toLocaleTimeString([], { hour12: false });
 const ago = (ms) => span(Math.max(0, view.mesh.now_ms - ms)) + " ago";
 
-function bar(label, used, total, text) {
-  const full = total > 0 ? used / total : 0;
-  return el("div", { class: "bar", title: label }, el("span", {}, label),
-    el("meter", { min: 0, max: 1, low: 0.8, high: 0.95, optimum: 0, value: full, "aria-label": label + ": " + text }),
-    el("span", {}, text));
+function bar(label, used, total, text, warns) {
+  const limits = warns ? { low: 0.8, high: 0.95, optimum: 0 } : {};
+  const meter = el("meter", { min: 0, max: 1, value: total > 0 ? used / total : 0, "aria-label": label + ": " + text, ...limits });
+  return el("div", { class: "bar", title: label }, el("span", {}, label), meter, el("span", {}, text));
 }
 
 function siteCard(site) {
@@ -57,10 +56,10 @@ function siteCard(site) {
       el("span", { class: "seen" }, site.seen_at_ms ? "seen " + ago(site.seen_at_ms) : "never seen")),
     bar("slots", busy, site.slots, busy + " of " + site.slots),
     bar("memory", site.memory_bytes - site.free_memory_bytes, site.memory_bytes,
-      bytes(site.free_memory_bytes) + " free of " + bytes(site.memory_bytes)));
+      bytes(site.free_memory_bytes) + " free of " + bytes(site.memory_bytes), true));
   for (const device of site.devices) {
     card.append(bar(device.name || device.kind, device.memory_bytes - device.free_bytes, device.memory_bytes,
-      bytes(device.free_bytes) + " free of " + bytes(device.memory_bytes)));
+      bytes(device.free_bytes) + " free of " + bytes(device.memory_bytes), true));
   }
   card.append(el("div", { class: "models" }, ...site.models.map((model) => {
     const tag = state(model.state, model.repo_id + " · " + model.state.toLowerCase());
@@ -161,12 +160,7 @@ function draw() {
   const waiting = Object.entries(queue);
   const most = Math.max(1, ...waiting.map(([, count]) => count));
   by("queue").replaceChildren(...(waiting.length
-    ? waiting.map(([model, count]) => {
-      const line = bar(model, count, most, String(count));
-      line.querySelector("meter").removeAttribute("low"); line.querySelector("meter").removeAttribute("high");
-      line.querySelector("meter").removeAttribute("optimum");
-      return line;
-    })
+    ? waiting.map(([model, count]) => bar(model, count, most, String(count)))
     : [empty("Nothing waits.")]));
   by("jobs-note").textContent = jobs.length ? "the newest " + jobs.length : "";
   by("jobs").replaceChildren(...(jobs.length ? jobs.flatMap(jobRows) : [el("tr", {}, el("td", { colspan: 8 }, "No jobs yet."))]));

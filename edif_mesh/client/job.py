@@ -217,7 +217,7 @@ class Job:
             raise ManifestError(f"The coordinator says that {self.id} succeeded, but gave no manifest.")
         opened = self._mesh.open(snapshot.manifest, Manifest)
         manifest, site = opened.message, SiteId(opened.identity.name)
-        if (order := self._order()) is not None and self._digest is not None:
+        if (order := self.order()) is not None and self._digest is not None:
             check_manifest(manifest, order, self._digest, site=site)
         elif (manifest.job, manifest.site, manifest.order_digest) != (self.id, site, snapshot.order_digest):
             raise ManifestError("The manifest belongs to another job or site; the result was not accepted.")
@@ -253,7 +253,8 @@ class Job:
             self._reader = ResultReader(self._mesh.bulk, self.id, self._sink)
         return self._reader
 
-    def _order(self) -> Order | None:
+    def order(self) -> Order | None:
+        """Return the order as it was signed here, or None when it was signed elsewhere."""
         envelope = self._mesh.outbox.order(self.id)
         return decode_as(Order, body_of(envelope)) if envelope is not None else None
 

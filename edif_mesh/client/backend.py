@@ -60,13 +60,15 @@ class MeshBackend:
         return result
 
     async def _run(self, mesh: Mesh, payload: bytes, spec: JobSpec) -> dict[str, Any]:
-        job = await mesh.submit(payload, spec)
+        job = await mesh.prepare(payload, spec, on_line=lambda line: print(line, flush=True))
         self._job, self.job_id = job, job.id
-        printing = await job.listen(lambda text: print(text, end="", flush=True))
         try:
+            await mesh.send(job, payload)
             return await job.result(on_update=self._on_update)
         finally:
-            await printing.close()
+            if job.printing is not None:
+                await job.printing.finish()
+            await job.close()
 
 
 def capture(tracer: Any, model: Any, **options: Any) -> tuple[bytes, JobSpec]:
@@ -74,7 +76,7 @@ def capture(tracer: Any, model: Any, **options: Any) -> tuple[bytes, JobSpec]:
     from nnsight.ndif import pull_env
     from nnsight.schema.request import RequestModel
 
-    pull_env_quietly(pull_env)
+    pull_env()  # the researcher's own modules are then sent along by value
     payload = RequestModel.serialize(tracer, False)
     spec = JobSpec(
         model=model_ref(model),
@@ -84,11 +86,6 @@ def capture(tracer: Any, model: Any, **options: Any) -> tuple[bytes, JobSpec]:
         **options,
     )
     return payload, spec
-
-
-def pull_env_quietly(pull_env: Callable[[], None]) -> None:
-    """Register the researcher's local modules, so that their source is sent along."""
-    pull_env()
 
 
 def model_ref(model: Any) -> ModelRef:

@@ -67,8 +67,10 @@ class BlockingMesh:
     def close(self) -> None:
         """Close the connection and the thread."""
         if self._thread.is_alive():
-            self.run(self.mesh.close())
-            self._stop()
+            try:
+                self.run(self.mesh.close())
+            finally:
+                self._stop()
 
     def __enter__(self) -> BlockingMesh:
         return self
@@ -81,7 +83,8 @@ class BlockingMesh:
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
-        self._loop.close()
+        if not self._loop.is_running():
+            self._loop.close()
 
 
 class BlockingJob:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edif_mesh.client.lines import LineFollower, stored_lines
 from edif_mesh.domain.ids import Digest, JobId, SiteId
 from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.errors import (
@@ -23,6 +26,7 @@ from edif_mesh.errors import (
     RefusedError,
     TransportError,
     UserCodeError,
+    WireError,
 )
 from edif_mesh.results.manifest import check_manifest, check_sizes
 from edif_mesh.results.transfer_read import ResultReader
@@ -31,7 +35,7 @@ from edif_mesh.transport.ports import Incoming, Subscription
 from edif_mesh.wire import subjects
 from edif_mesh.wire.codec import decode_as
 from edif_mesh.wire.envelope import body_of, kind_of
-from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, LogLines, Manifest, Order, Refusal
+from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, Manifest, Order, Refusal
 
 if TYPE_CHECKING:
     from edif_mesh.client.mesh import Mesh
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
-_RESEND_AFTER_POLLS = 2
 _FETCH_TRIES = 30
 
 
@@ -50,11 +53,13 @@ class Job:
         self.id = job
         self._mesh = mesh
         self._digest = order_digest
-        self._updates: asyncio.Queue[JobSnapshot | Refusal] | None = None
+        self._queues: list[asyncio.Queue[JobSnapshot | Refusal]] = []
+        self._primed: asyncio.Queue[JobSnapshot | Refusal] | None = None
         self._subscription: Subscription | None = None
         self._last: JobSnapshot | None = None
         self._sink: BufferSink | None = None
         self._reader: ResultReader | None = None
+        self.printing: LineFollower | None = None
 
     def __repr__(self) -> str:
         status = self._last.status.value if self._last else "unknown"
@@ -64,55 +69,64 @@ class Job:
 
     async def status(self, *, explain: bool = False) -> JobSnapshot:
         """Return the job's state now; with `explain`, why each site was or was not chosen. Raises NotFoundError."""
-        from edif_mesh.client.mesh import now_ms
-
-        self._last = await self._mesh.ask(AskJob(self.id, now_ms(), explain), JobSnapshot)
+        self._last = await self._ask(AskJob(self.id, now_ms(), explain))
         return self._last
 
     async def start_watching(self) -> None:
         """Listen for updates from now on; `submit` does it before the order leaves, so that none is missed."""
-        if self._subscription is None:
-            self._updates = asyncio.Queue()
-            self._subscription = await self._mesh.bus.subscribe(subjects.job_updates(self.id), self._on_update)
+        if self._primed is None:
+            self._primed = asyncio.Queue()
+            self._queues.append(self._primed)
+        await self._subscribe()
 
-    async def stop_watching(self) -> None:
-        """Listen no more."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            await subscription.close()
+    async def close(self) -> None:
+        """Listen no more, and drop what was fetched ahead. The job itself goes on."""
+        self._queues.clear()
+        self._primed = None
+        await self._unsubscribe()
+        if self.printing is not None:
+            await self.printing.close()
+        await self._drop_reader()
 
     async def watch(self) -> AsyncIterator[JobSnapshot]:
-        """Yield every new state until the terminal one. Raises RefusedError when the coordinator refuses the order."""
-        await self.start_watching()
-        assert self._updates is not None
-        seen, silent = -1, 0
+        """Yield every new state until the terminal one; goes on through restarts of coordinator and broker.
+
+        Raises RefusedError when the coordinator refuses the order, NotFoundError when it knows no such job.
+        """
+        submitted_here, self._primed = self._primed, None
+        updates = submitted_here if submitted_here is not None else asyncio.Queue()
+        if submitted_here is None:
+            self._queues.append(updates)
+        seen, silent = (-1, -1), 0
+        wait_s = _POLL_S if submitted_here is not None else 0.0
         try:
             while True:
+                await self._subscribe()
                 try:
-                    update: JobSnapshot | Refusal | None = await asyncio.wait_for(self._updates.get(), _POLL_S)
+                    update: JobSnapshot | Refusal | None = await asyncio.wait_for(updates.get(), wait_s)
                     silent = 0
                 except TimeoutError:
                     silent += 1
                     update = await self._poll(silent)
-                if update is None:
-                    continue
+                wait_s = _POLL_S
                 if isinstance(update, Refusal):
-                    if seen < 0:
+                    if seen[0] < 0:
                         self._mesh.outbox.refused(self.id)
-                        refused = RefusedError(update.failure.text)
-                        refused.code = update.failure.code
-                        raise refused
+                        raise refused_by(update.failure)
                     continue
-                if update.version <= seen:
+                if update is None or (update.epoch, update.version) <= seen:
                     continue
-                if seen < 0:
+                if seen[0] < 0:
                     await asyncio.to_thread(self._mesh.outbox.recorded, self.id)
-                seen, self._last = update.version, update
+                seen, self._last = (update.epoch, update.version), update
                 yield update
                 if update.status.terminal:
                     return
         finally:
-            await self.stop_watching()
+            with contextlib.suppress(ValueError):
+                self._queues.remove(updates)
+            if not self._queues:
+                await self._unsubscribe()
 
     async def wait(self, on_update: Callable[[JobSnapshot], None] | None = None) -> JobSnapshot:
         """Wait for the end and return it."""
@@ -124,44 +138,43 @@ class Job:
 
     async def cancel(self, reason: str = "cancelled by the researcher") -> JobSnapshot:
         """End the job; what runs is stopped within a second. Raises NotFoundError."""
-        from edif_mesh.client.mesh import now_ms
-
-        return await self._mesh.ask(CancelJob(self.id, now_ms(), reason), JobSnapshot)
+        return await self._ask(CancelJob(self.id, now_ms(), reason))
 
     # -------------------------------------------------------------------------------------------------------- output
 
-    async def listen(self, on_text: Callable[[str], Any]) -> Subscription:
-        """Call `on_text` for everything that the job prints from now on."""
-
-        async def received(incoming: Incoming) -> None:
-            for line in self._open_lines(incoming.data):
-                on_text(line)
-
-        return await self._mesh.bus.subscribe(subjects.all_log_lines(self.id), received)
+    async def listen(self, on_line: Callable[[str], object]) -> LineFollower:
+        """Call `on_line` for every line that the job prints from now on."""
+        self.printing = LineFollower(self._mesh, self.id, on_line)
+        await self.printing.start()
+        return self.printing
 
     async def logs(self, *, follow: bool = False) -> AsyncIterator[str]:
-        """Yield what the job has printed, attempt by attempt; with `follow`, go on until it ends."""
-        subject = subjects.all_log_lines(self.id)
-        stored = sum((await self._mesh.streams.subjects(subjects.LOGS_STREAM, subject)).values())
-        ended: asyncio.Future[Any] = asyncio.ensure_future(self.wait() if follow else asyncio.sleep(0, None))
-        reader = self._mesh.streams.read(subjects.LOGS_STREAM, subject)
-        count = 0
-        try:
-            while count < stored or follow:
-                upcoming = asyncio.ensure_future(anext(reader))
-                waiting: set[asyncio.Future[Any]] = {upcoming} if count < stored else {upcoming, ended}
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if not upcoming.done():
-                    stored = sum((await self._mesh.streams.subjects(subjects.LOGS_STREAM, subject)).values())
-                    if count >= stored:
-                        upcoming.cancel()
-                        return
-                    await asyncio.wait({upcoming})
-                count += 1
-                for line in self._open_lines(upcoming.result().data):
+        """Yield the lines that the job has printed, attempt by attempt; with `follow`, go on until it ends."""
+        if not follow:
+            async for message in stored_lines(self._mesh, self.id):
+                for line in message.lines:
                     yield line
+            return
+        lines: asyncio.Queue[str | None] = asyncio.Queue()
+        follower = LineFollower(self._mesh, self.id, lines.put_nowait)
+        await follower.start()
+
+        async def until_the_end() -> None:
+            try:
+                await follower.fill()
+                await self.wait()
+                await follower.fill()
+            finally:
+                lines.put_nowait(None)
+
+        ending = asyncio.create_task(until_the_end())
+        try:
+            while (text := await lines.get()) is not None:
+                yield text
+            await ending
         finally:
-            ended.cancel()
+            ending.cancel()
+            await follower.close()
 
     # -------------------------------------------------------------------------------------------------------- result
 
@@ -190,7 +203,12 @@ class Job:
     ) -> memoryview:
         """Like `result`, but the verified archive's bytes."""
         last = self._last if self._last is not None and self._last.status.terminal else await self.wait(on_update)
-        return await self.fetch(self.verified_manifest(last), progress)
+        try:
+            manifest = self.verified_manifest(last)
+        except EdifError:
+            await self._drop_reader()
+            raise
+        return await self.fetch(manifest, progress)
 
     def verified_manifest(self, snapshot: JobSnapshot) -> Manifest:
         """Return the manifest that the site signed for our order; raises the JobError family, ManifestError."""
@@ -199,7 +217,7 @@ class Job:
             raise ManifestError(f"The coordinator says that {self.id} succeeded, but gave no manifest.")
         opened = self._mesh.open(snapshot.manifest, Manifest)
         manifest, site = opened.message, SiteId(opened.identity.name)
-        if (order := self._order()) is not None and self._digest is not None:
+        if (order := self.order()) is not None and self._digest is not None:
             check_manifest(manifest, order, self._digest, site=site)
         elif (manifest.job, manifest.site, manifest.order_digest) != (self.id, site, snapshot.order_digest):
             raise ManifestError("The manifest belongs to another job or site; the result was not accepted.")
@@ -224,9 +242,9 @@ class Job:
                 if left == 0:
                     raise
                 await asyncio.sleep(0.5)
-        await reader.close()
         assert self._sink is not None
-        data, self._sink, self._reader = self._sink.data, None, None
+        data = self._sink.data
+        await self._drop_reader()
         return data
 
     def _result_reader(self) -> ResultReader:
@@ -235,7 +253,8 @@ class Job:
             self._reader = ResultReader(self._mesh.bulk, self.id, self._sink)
         return self._reader
 
-    def _order(self) -> Order | None:
+    def order(self) -> Order | None:
+        """Return the order as it was signed here, or None when it was signed elsewhere."""
         envelope = self._mesh.outbox.order(self.id)
         return decode_as(Order, body_of(envelope)) if envelope is not None else None
 
@@ -249,47 +268,62 @@ class Job:
 
     # -------------------------------------------------------------------------------------------------------- inside
 
+    async def _subscribe(self) -> None:
+        """Subscribe unless done; without a link the polls of `watch` stand in until there is one."""
+        if self._subscription is None:
+            with contextlib.suppress(NotConnectedError):
+                self._subscription = await self._mesh.bus.subscribe(subjects.job_updates(self.id), self._on_update)
+
+    async def _unsubscribe(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.close()
+
     async def _on_update(self, incoming: Incoming) -> None:
-        assert self._updates is not None
+        update: JobSnapshot | Refusal
         try:
-            kind = kind_of(incoming.data)
-            update: JobSnapshot | Refusal
-            if kind == "refusal":
-                update = self._mesh.open(incoming.data, Refusal).message
+            if kind_of(incoming.data) == "refusal":
+                update = self._mesh.open_refusal(incoming.data)
             else:
                 update = self._mesh.open(incoming.data, JobSnapshot).message
         except EdifError as error:
             log.warning("update refused", extra={"job": self.id, "error": str(error)})
             return
         if update.job == self.id:
-            self._updates.put_nowait(update)
+            for queue in self._queues:
+                queue.put_nowait(update)
 
-    async def _poll(self, silent: int) -> JobSnapshot | Refusal | None:
-        from edif_mesh.client.mesh import now_ms
+    async def _ask(self, question: AskJob | CancelJob) -> JobSnapshot:
+        answer = await self._mesh.ask(question, JobSnapshot)
+        if answer.job != self.id:
+            raise WireError(f"The answer is about {answer.job}, not about {self.id}; it was not accepted.")
+        return answer
 
+    async def _poll(self, silent: int) -> JobSnapshot | None:
+        """Ask for news; sends the order again, ever more rarely, while the coordinator does not know it."""
         try:
-            return await self._mesh.ask(AskJob(self.id, now_ms()), JobSnapshot)
-        except NotFoundError as error:
-            if silent >= _RESEND_AFTER_POLLS and not await self._resend():
-                return Refusal(Failure(error.code, str(error)), self.id)
-        except (TransportError, RefusedError) as error:
+            return await self._ask(AskJob(self.id, now_ms()))
+        except NotFoundError:
+            if not self._mesh.outbox.waits(self.id):
+                raise
+            if silent > 1 and silent & (silent - 1) == 0:
+                with contextlib.suppress(TransportError):
+                    await self._mesh.resend(self.id)
+        except EdifError as error:
             log.info("no news of job", extra={"job": self.id, "error": str(error)})
         return None
 
-    async def _resend(self) -> bool:
-        try:
-            return await self._mesh.resend(self.id)
-        except TransportError:
-            return True
+    async def _drop_reader(self) -> None:
+        reader, self._reader, self._sink = self._reader, None, None
+        if reader is not None:
+            await reader.close()
 
-    def _open_lines(self, data: bytes) -> tuple[str, ...]:
-        try:
-            opened = self._mesh.open(data, LogLines)
-        except EdifError as error:
-            log.warning("log lines refused", extra={"job": self.id, "error": str(error)})
-            return ()
-        lines = opened.message
-        return lines.lines if lines.job == self.id and lines.site == opened.identity.name else ()
+
+def refused_by(failure: Failure) -> RefusedError:
+    """Return a refusal of the coordinator as the error to raise."""
+    error = NotFoundError(failure.text) if failure.code == "not_found" else RefusedError(failure.text)
+    error.code = failure.code
+    return error
 
 
 def raise_for(snapshot: JobSnapshot) -> None:
@@ -303,3 +337,8 @@ def raise_for(snapshot: JobSnapshot) -> None:
     }
     kind = kinds.get(snapshot.status, UserCodeError if failure.code == "user_error" else JobFailedError)
     raise kind(failure.text, job=snapshot.job, code=failure.code)
+
+
+def now_ms() -> int:
+    """Return the time, Unix UTC, in ms."""
+    return time.time_ns() // 1_000_000

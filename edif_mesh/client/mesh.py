@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import secrets
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edif_mesh.client.job import Job
+from edif_mesh.client.job import Job, now_ms, refused_by
 from edif_mesh.client.outbox import Outbox
 from edif_mesh.config import ClientConfig, home, load_config, read_password
 from edif_mesh.domain.ids import Digest, JobId, is_job_id, job_id
 from edif_mesh.domain.job import JobClass, Limits
 from edif_mesh.domain.site import ModelRef, Versions
-from edif_mesh.errors import EdifError, NoReplyError, NotConnectedError, NotFoundError, RefusedError, TransportError
+from edif_mesh.errors import (
+    ConfigError,
+    EdifError,
+    NoReplyError,
+    NotConnectedError,
+    NotFoundError,
+    TransportError,
+    WrongRoleError,
+)
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
 from edif_mesh.results.payloads import put_payload
@@ -37,6 +46,7 @@ from edif_mesh.wire.messages import (
     Order,
     PayloadRef,
     Refusal,
+    Role,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +78,7 @@ class JobSpec:
 
 
 class Mesh:
-    """An open way into the mesh: `async with Mesh.open() as mesh`. All methods belong to one event loop."""
+    """An open way into the mesh: `async with await Mesh.connect() as mesh`. All methods belong to one event loop."""
 
     def __init__(self, config: ClientConfig, key: PrivateKey, trust: TrustStore, connection: Connection) -> None:
         self.config, self.key, self.trust = config, key, trust
@@ -77,6 +87,9 @@ class Mesh:
         self.outbox = Outbox(config.outbox_dir)
         self._connection = connection
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._settling: set[JobId] = set()
+        self.link_losses = 0
+        self.bus.on_link(self._link_changed)
 
     @classmethod
     async def connect(cls, config: ClientConfig | Path | None = None, *, name: str = "client") -> Mesh:
@@ -104,8 +117,10 @@ class Mesh:
 
     async def close(self) -> None:
         """Close the connection; jobs go on without us."""
-        for task in list(self._tasks):
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.bulk.close()
         await self._connection.close()
 
@@ -114,8 +129,24 @@ class Mesh:
     async def submit(self, payload: bytes, spec: JobSpec, *, follow: bool = True) -> Job:
         """Sign an order for `payload` and hand it to the mesh; returns once the broker keeps both durably.
 
-        With `follow` the result's chunks are taken as soon as they are stored. The order waits in the outbox until the coordinator has recorded it; `Job.watch` tells when. Raises StoreFullError,
-        TransportError (the order is then still in the outbox and `flush_outbox` sends it).
+        With `follow` the result's chunks are taken as soon as they are stored. The order waits in the outbox until the
+        coordinator has recorded it; `Job.watch` tells when. Raises StoreFullError, TransportError (the order is then
+        still in the outbox and `flush_outbox` sends it).
+        """
+        job = await self.prepare(payload, spec, follow=follow)
+        try:
+            await self.send(job, payload)
+        except BaseException:
+            await job.close()
+            raise
+        return job
+
+    async def prepare(
+        self, payload: bytes, spec: JobSpec, *, follow: bool = True, on_line: Callable[[str], object] | None = None
+    ) -> Job:
+        """Sign an order, keep it in the outbox and listen for its news; nothing has been sent yet. See `send`.
+
+        `on_line` is called for every line that the job prints. Raises StoreFullError when this machine's disk is full.
         """
         now = now_ms()
         job = job_id(now, secrets.randbits(48))
@@ -144,9 +175,22 @@ class Mesh:
         envelope = seal(order, self.key)
         handle = Job(self, job, envelope_digest(envelope))
         keeping = asyncio.to_thread(self.outbox.keep, job, envelope, payload)
-        await asyncio.gather(keeping, handle.start_watching(), *([handle.follow_result()] if follow else []))
-        await self._send_order(job, envelope, payload)
+        listening = [handle.start_watching()]
+        listening += [handle.follow_result()] if follow else []
+        listening += [_started(handle, on_line)] if on_line is not None else []
+        try:
+            await asyncio.gather(keeping, *listening)
+        except BaseException:
+            await handle.close()
+            raise
         return handle
+
+    async def send(self, job: Job, payload: bytes) -> None:
+        """Hand a prepared order and its payload to the broker, durably. Raises StoreFullError, TransportError."""
+        envelope = self.outbox.order(job.id)
+        if envelope is None:
+            raise NotFoundError(f"There is no order of {job.id} in the outbox.")
+        await self._send_order(job.id, envelope, payload)
 
     def job(self, job: str) -> Job:
         """Return the handle of a job that was submitted earlier, here or elsewhere; raises NotFoundError for a bad id."""
@@ -164,15 +208,26 @@ class Mesh:
         return await self.ask(AskMesh(now_ms()), MeshView)
 
     async def flush_outbox(self) -> list[JobId]:
-        """Send again what a crash left unrecorded; returns those jobs."""
+        """Send again what a crash left unrecorded, and see to it until it is recorded or refused; returns those jobs."""
         waiting = self.outbox.unrecorded()
         for job in waiting:
-            await self.resend(job)
+            self.settle(job)
         return waiting
+
+    def settle(self, job: JobId) -> None:
+        """Follow a job beside us until the coordinator has recorded or refused it."""
+        if job not in self._settling:
+            self._settling.add(job)
+            self.spawn(self._settle(job)).add_done_callback(lambda _: self._settling.discard(job))
+
+    async def _settle(self, job: JobId) -> None:
+        with contextlib.suppress(EdifError):
+            async for _ in self.job(job).watch():
+                return
 
     async def resend(self, job: JobId) -> bool:
         """Publish a kept order again; returns whether there was one. Harmless when it had arrived."""
-        envelope, payload = self.outbox.order(job), self.outbox.payload(job)
+        envelope, payload = await asyncio.to_thread(lambda: (self.outbox.order(job), self.outbox.payload(job)))
         if envelope is None or payload is None:
             return False
         await self._send_order(job, envelope, payload, again=True)
@@ -198,17 +253,23 @@ class Mesh:
                 "No coordinator answers at present. It may be restarting; your jobs are kept."
             ) from error
         if kind_of(raw) == "refusal":
-            failure = self.open(raw, Refusal).message.failure
-            kind = NotFoundError if failure.code == "not_found" else RefusedError
-            refused = kind(failure.text)
-            refused.code = failure.code
-            raise refused
+            raise refused_by(self.open_refusal(raw).failure)
         return self.open(raw, expected).message
 
     def open(self, raw: bytes | str, expected: type[M]) -> Opened[M]:
         """Verify an envelope against our own trust store."""
-        self.trust.refresh()
+        try:
+            self.trust.refresh()
+        except ConfigError as error:  # what was read before still holds
+            log.warning("trust store not read", extra={"error": str(error)})
         return open_envelope(raw, expected, self.trust, now_ms())
+
+    def open_refusal(self, raw: bytes | str) -> Refusal:
+        """Return a refusal of the coordinator; a site may sign refusals too, but none that ends a researcher's job."""
+        opened = self.open(raw, Refusal)
+        if opened.identity.role is not Role.COORDINATOR:
+            raise WrongRoleError(f"{opened.identity.name} may not refuse an order in the coordinator's place.")
+        return opened.message
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         """Run something beside us until `close`."""
@@ -216,6 +277,10 @@ class Mesh:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _link_changed(self, connected: bool) -> None:
+        if not connected:
+            self.link_losses += 1
 
     async def _send_order(self, job: JobId, envelope: str, payload: bytes, *, again: bool = False) -> None:
         try:
@@ -231,9 +296,8 @@ class Mesh:
             ) from error
 
 
-def now_ms() -> int:
-    """Return the time, Unix UTC, in ms."""
-    return time.time_ns() // 1_000_000
+async def _started(job: Job, on_line: Callable[[str], object]) -> None:
+    await job.listen(on_line)
 
 
 __all__ = ["EdifError", "JobSpec", "Mesh", "now_ms"]

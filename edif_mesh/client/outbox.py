@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from pathlib import Path
 
 from edif_mesh.domain.ids import JobId, is_job_id
 from edif_mesh.errors import StoreFullError
 
 _KEEP_ORDERS = 10_000
+_STRAY_S = 86_400
 
 
 class Outbox:
@@ -29,6 +31,7 @@ class Outbox:
         try:
             self._write(self.folder / f"{job}.payload", payload)
             self._write(self.folder / f"{job}.order", order.encode())
+            self._sync_folder()
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreFullError(
@@ -52,6 +55,10 @@ class Outbox:
         except FileNotFoundError:
             return None
 
+    def waits(self, job: JobId) -> bool:
+        """Whether the payload is kept still: no coordinator is known to have recorded the job."""
+        return (self.folder / f"{job}.payload").exists()
+
     def payload(self, job: JobId) -> bytes | None:
         """Return the payload while it is kept."""
         try:
@@ -65,11 +72,24 @@ class Outbox:
         return [JobId(name) for name in names if is_job_id(name) and (self.folder / f"{name}.order").exists()]
 
     def prune(self) -> None:
-        """Forget the oldest receipts beyond a bound."""
+        """Forget the oldest receipts beyond a bound, and what a crash left half written a day ago."""
+        for path in [*self.folder.glob("*.new"), *self.folder.glob("*.payload")]:
+            if path.suffix == ".new" or not path.with_suffix(".order").exists():
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _STRAY_S:
+                        path.unlink()
         orders = sorted(self.folder.glob("*.order"))
         for path in orders[:-_KEEP_ORDERS]:
             if not path.with_suffix(".payload").exists():
                 path.unlink(missing_ok=True)
+
+    def _sync_folder(self) -> None:
+        """Make the new names durable too."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def _write(self, path: Path, data: bytes) -> None:
         temporary = path.with_suffix(path.suffix + ".new")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import logging
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from edif_mesh.client.mesh import Mesh
 from edif_mesh.config import ClientConfig, home, load_config
 from edif_mesh.errors import EdifError
 from edif_mesh.gateway.app import create_app
@@ -49,14 +51,21 @@ def serve(config: ClientConfig) -> None:
         raise ConfigError(
             f"Port {config.gateway_port} on {config.gateway_host} is in use by another program. Stop it, or use --port."
         ) from error
+    asyncio.run(_reach_broker(config))
     settings = uvicorn.Config(
         create_app(config), log_level="warning", loop="uvloop", http="auto", ws="websockets-sansio", ws_ping_interval=None,
-        ws_ping_timeout=None, ws_max_size=1 << 20, access_log=False, timeout_graceful_shutdown=2,
+        ws_ping_timeout=None, ws_max_size=1 << 20, ws_per_message_deflate=False, access_log=False, timeout_graceful_shutdown=2,
     )  # fmt: skip
     server = _Announced(settings, f"http://{config.gateway_host}:{listener.getsockname()[1]}")
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(3)
+
+
+async def _reach_broker(config: ClientConfig) -> None:
+    """Raise a sentence when the mesh cannot be reached, instead of the web server's traceback later."""
+    async with await Mesh.connect(config, name="gateway"):
+        pass
 
 
 class _Announced(uvicorn.Server):

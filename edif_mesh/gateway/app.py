@@ -6,35 +6,33 @@ bytes of a site.
 
 from __future__ import annotations
 
-import json
+import asyncio
+import functools
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import distributions, packages_distributions
 from typing import Any
 
-import zstandard
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import HTTPException
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.datastructures import UploadFile
 
 from edif_mesh import __version__
-from edif_mesh.client.mesh import JobSpec, Mesh
+from edif_mesh.client.mesh import Mesh
 from edif_mesh.config import ClientConfig
-from edif_mesh.domain.job import JobClass
-from edif_mesh.domain.site import ModelState, SiteStatus, Versions
+from edif_mesh.domain.ids import JobId, is_job_id
+from edif_mesh.domain.site import ModelState, SiteStatus
 from edif_mesh.errors import EdifError, NoReplyError, NotFoundError, RefusedError, StoreFullError, TransportError
-from edif_mesh.gateway.frames import frame
+from edif_mesh.gateway.driver import Driver
 from edif_mesh.gateway.guard import LocalOnly
-from edif_mesh.gateway.model_keys import make_model_key, parse_model_key
-from edif_mesh.gateway.results import ResultStore
-from edif_mesh.gateway.sessions import Driver, Sessions
+from edif_mesh.gateway.model_keys import make_model_key
+from edif_mesh.gateway.requests import MAX_PAYLOAD_BYTES, UPGRADE, check_length, client_versions, job_spec, too_large
+from edif_mesh.gateway.results import ResultStore, warm_up
+from edif_mesh.gateway.sessions import Sessions
 from edif_mesh.wire.messages import MeshView
 
-MAX_PAYLOAD_BYTES = 1 << 30
-MIN_NNSIGHT = (0, 8)
-_UPGRADE = "This mesh speaks the protocol of nnsight 0.8. Your client is older: pip install -U 'nnsight>=0.8'"
 _LEVELS = {ModelState.LOADED: ("HOT", "RUNNING"), ModelState.LOADING: ("HOT", "DEPLOYING"),
            ModelState.LOADABLE: ("WARM", "NOT_STARTED"), ModelState.FAILED: ("COLD", "UNHEALTHY")}  # fmt: skip
 
@@ -44,6 +42,7 @@ def create_app(config: ClientConfig, name: str = "gateway") -> Any:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(warm_up)
         async with await Mesh.connect(config, name=name) as mesh:
             await mesh.flush_outbox()
             mesh.outbox.prune()
@@ -53,7 +52,7 @@ def create_app(config: ClientConfig, name: str = "gateway") -> Any:
             app.state.driver = Driver(mesh, sessions, results)
             yield
 
-    app = FastAPI(title="eDIF Mesh gateway", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="eDIF Mesh gateway", version=__version__, lifespan=lifespan, redirect_slashes=False)
     _routes(app)
     app.add_exception_handler(EdifError, _on_error)
     hosts = frozenset({config.gateway_host, "127.0.0.1", "localhost", "[::1]"})
@@ -70,7 +69,9 @@ def _routes(app: FastAPI) -> None:
     app.add_api_route("/whoami", _whoami, methods=["GET"])
     app.add_api_route("/ping", _ping, methods=["GET"])
     app.add_api_route("/connected", _connected, methods=["GET", "HEAD"])
-    app.add_api_route("/ws/socket.io/", _old_client, methods=["GET", "POST"])
+    for path in ("/ws/socket.io/", "/ws/socket.io"):
+        app.add_api_route(path, _old_client, methods=["GET", "POST"])
+        app.add_api_websocket_route(path, _old_socket)
 
 
 async def _subscribe(socket: WebSocket) -> None:
@@ -80,9 +81,9 @@ async def _subscribe(socket: WebSocket) -> None:
 async def _request(request: Request) -> JSONResponse:
     """Take one job: form field `data` (JSON) and file `blob`."""
     if "nnsight-model-key" in request.headers or "multipart" not in request.headers.get("content-type", ""):
-        raise HTTPException(400, _UPGRADE)
-    _check_length(request)
-    client = _client_versions(request)
+        raise HTTPException(400, UPGRADE)
+    check_length(request)
+    client = client_versions(request)
     async with request.form(max_part_size=1 << 20) as form:
         data, blob = form.get("data"), form.get("blob")
         if not isinstance(data, str) or not isinstance(blob, UploadFile):
@@ -91,21 +92,22 @@ async def _request(request: Request) -> JSONResponse:
             )
         payload = await blob.read()
     if len(payload) > MAX_PAYLOAD_BYTES:
-        raise HTTPException(413, _too_large(len(payload)))
-    spec, session = _spec(data, payload, client)
+        raise HTTPException(413, too_large(len(payload)))
+    spec, session = job_spec(data, payload, client)
     driver: Driver = request.app.state.driver
     if session and session not in request.app.state.sessions:
         raise HTTPException(409, "The session is not open any more. Run the trace again.")
-    job = await driver.submit(payload, spec, session, _base_url(request))
-    return JSONResponse(frame(job.id, "RECEIVED", "Your order is signed and on its way."))
+    return JSONResponse(await driver.submit(payload, spec, session, _base_url(request)))
 
 
 async def _response(request: Request, job: str) -> JSONResponse:
     """The newest state of a job, for clients that poll; 404 while there is none."""
-    try:
-        return JSONResponse(await request.app.state.driver.response(job, _base_url(request)))
-    except (NotFoundError, TransportError) as error:
-        raise HTTPException(404, str(error)) from error
+    if not is_job_id(job):
+        raise HTTPException(400, f"{job[:60]!r} is no job id.")
+    found = await request.app.state.driver.response(JobId(job), _base_url(request))
+    if found is None:
+        raise HTTPException(404, "There is no news of this job yet.")
+    return JSONResponse(found)
 
 
 async def _result(request: Request, job: str, token: str) -> FileResponse:
@@ -148,24 +150,29 @@ async def _status(request: Request) -> dict[str, Any]:
 
 async def _env(request: Request) -> dict[str, Any]:
     """Python and packages of the side that runs the code, as far as sites state them; else of this machine."""
-    packages = {}
-    names = packages_distributions()
-    installed = {d.metadata["Name"]: d.version for d in distributions()}
-    for module, owners in names.items():
-        if not module.startswith("_") and owners and owners[0] in installed:
-            packages[module] = installed[owners[0]]
+    packages = dict(await asyncio.to_thread(_installed))
+    python = sys.version
     try:
         sites = (await request.app.state.mesh.view()).sites
     except EdifError:
         sites = ()
     for site in sites[:1]:
-        stated = {
-            "nnsight": site.versions.nnsight,
-            "torch": site.versions.torch,
-            "transformers": site.versions.transformers,
-        }
-        packages |= {name: text for name, text in stated.items() if text}
-    return {"python_version": sys.version, "packages": packages}
+        stated = site.versions
+        known = {"nnsight": stated.nnsight, "torch": stated.torch, "transformers": stated.transformers}
+        for name, text in known.items():
+            # Sites state torch without its build ("+cu126"): no difference that a client should be warned of.
+            if text and packages.get(name, "").partition("+")[0] != text:
+                packages[name] = text
+        python = stated.python or python
+    return {"python_version": python, "packages": packages}
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    """Versions by import name; reading them takes a second."""
+    installed = {d.metadata["Name"]: d.version for d in distributions()}
+    owners = {module: names[0] for module, names in packages_distributions().items() if names}
+    return {m: installed[name] for m, name in owners.items() if not m.startswith("_") and name in installed}
 
 
 async def _whoami(request: Request) -> dict[str, Any]:
@@ -188,7 +195,11 @@ async def _connected(request: Request) -> JSONResponse:
 
 
 async def _old_client() -> JSONResponse:
-    raise HTTPException(400, _UPGRADE)
+    raise HTTPException(400, UPGRADE)
+
+
+async def _old_socket(socket: WebSocket) -> None:
+    await socket.send_denial_response(JSONResponse({"detail": UPGRADE}, 400))
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
@@ -201,68 +212,6 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     ]
     code = next((number for kind, number in codes if isinstance(error, kind)), 400)
     return JSONResponse({"detail": str(error), "code": getattr(error, "code", "error")}, code)
-
-
-def _spec(data: str, payload: bytes, client: Versions) -> tuple[JobSpec, str]:
-    try:
-        value = json.loads(data)
-        key, session, compress, env = (
-            value["model_key"],
-            value.get("session_id") or "",
-            value.get("compress"),
-            value.get("env"),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HTTPException(
-            400, "The request's `data` is not what nnsight 0.8 sends. Is nnsight up to date?"
-        ) from error
-    env = env or {}
-    if not isinstance(key, str) or not isinstance(session, str) or not isinstance(env, dict):
-        raise HTTPException(400, "The request's `data` has a field of the wrong type.")
-    if not all(isinstance(k, str) and (v is None or isinstance(v, str)) and len(k) < 100 for k, v in env.items()):
-        raise HTTPException(400, "The request's `env` may hold only short texts.")
-    spec = JobSpec(
-        model=parse_model_key(key),
-        compressed=bool(compress),
-        uncompressed_bytes=_declared_bytes(payload) if compress else len(payload),
-        env=env,
-        client=client,
-        job_class=JobClass.INTERACTIVE if session else JobClass.BATCH,
-    )
-    return spec, session
-
-
-def _declared_bytes(payload: bytes) -> int:
-    """Return the size that a zstd frame declares: it goes into the order, and the runner stops decompressing there."""
-    try:
-        size: int = zstandard.frame_content_size(payload)
-    except zstandard.ZstdError as error:
-        raise HTTPException(400, "The request says that it is compressed, but it is not a zstd frame.") from error
-    if size > MAX_PAYLOAD_BYTES:
-        raise HTTPException(413, _too_large(size))
-    return size if size > 0 else MAX_PAYLOAD_BYTES
-
-
-def _client_versions(request: Request) -> Versions:
-    nnsight = request.headers.get("nnsight-version", "")
-    parts = nnsight.split(".")[:2]
-    if len(parts) < 2 or not all(p.isdigit() for p in parts) or tuple(map(int, parts)) < MIN_NNSIGHT:
-        raise HTTPException(400, f"{_UPGRADE} (it says that it is {nnsight[:40] or 'unknown'})")
-    python = (request.headers.get("python-version", "").split() or [""])[0][:20]
-    return Versions(python=python, nnsight=nnsight[:40])
-
-
-def _check_length(request: Request) -> None:
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > MAX_PAYLOAD_BYTES + (1 << 20):
-        raise HTTPException(413, _too_large(int(length)))
-
-
-def _too_large(size: int) -> str:
-    return (
-        f"The job's payload has {size / 1e6:,.0f} MB; {MAX_PAYLOAD_BYTES / 1e6:,.0f} MB are allowed. Do not capture large tensors in the "
-        "traced block: build them inside it, or send a smaller part."
-    )
 
 
 def _base_url(request: Request) -> str:

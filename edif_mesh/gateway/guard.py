@@ -1,7 +1,7 @@
 """Who may talk to a personal gateway: programs on this machine, but no web page that the researcher happens to visit.
 
-A page on any site can make a browser send requests to 127.0.0.1. Such requests carry an `Origin`, or (DNS rebinding) a
-`Host` that is not ours; both are refused before anything is read.
+A page on any site can make a browser send requests to 127.0.0.1. Such requests carry a foreign `Origin`, or a
+`Sec-Fetch-Site` that says so, or (DNS rebinding) a `Host` that is not ours; all are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ class LocalOnly:
         await self._app(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        if _name(headers.get("host", "")) not in self._hosts:
+        hosts, origins, fetch_sites = (_values(scope, name) for name in (b"host", b"origin", b"sec-fetch-site"))
+        if len(hosts) != 1 or _name(hosts[0]) not in self._hosts:
             return False
-        origin = headers.get("origin")
-        return origin is None or _name(origin.partition("://")[2]) in self._hosts
+        own = {f"{scheme}://{hosts[0]}" for scheme in ("http", "https")}
+        return all(origin in own for origin in origins) and all(s in ("same-origin", "none") for s in fetch_sites)
+
+
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
 
 
 def _name(host: str) -> str:

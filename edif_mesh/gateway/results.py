@@ -6,33 +6,58 @@ archive reader has rebuilt are written. Blobs are kept on disk for a while, so t
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import errno
 import io
+import os
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edif_mesh.errors import StoreFullError
 from edif_mesh.results.archive import read
 
 KEEP_S = 24 * 3600
+KEEP_BYTES = 16 << 30
 INLINE_BYTES = 4 << 20
 
 
 class ResultStore:
     """Blobs by job id, on disk; each behind an unguessable token."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, keep_bytes: int = KEEP_BYTES) -> None:
+        self.folder, self._keep_bytes = folder, keep_bytes
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._tokens: dict[str, str] = {}
+        for part in folder.glob("*.part"):
+            part.unlink(missing_ok=True)
 
-    async def keep(self, job: str, blob: bytes) -> str:
-        """Store a blob and return its token."""
-        token = self._tokens.setdefault(job, secrets.token_urlsafe(16))
-        path = self._path(job, token)
-        await asyncio.to_thread(_write, path, blob)
+    def is_small(self, archive: memoryview) -> bool:
+        """Whether a result may travel inside the last frame, instead of as a download."""
+        return len(archive) <= INLINE_BYTES
+
+    def keep(self, job: str, archive: memoryview, compress: bool) -> str:
+        """Write a verified archive's values as a blob and return its token (runs in a thread).
+
+        Raises ArchiveError, and StoreFullError when this machine's disk is full.
+        """
+        from edif_mesh.results.torchfile import write_values
+
+        values = read(archive)
+        token = secrets.token_urlsafe(16)
+        part = self.folder / f"{job}.{token}.part"
+        try:
+            write_values(values, part, compress=compress)
+            part.replace(self._path(job, token))
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFullError(
+                    f"The disk under {self.folder} is full, so the result could not be written there. The mesh keeps it: free "
+                    f"some space and type: edif fetch {job} -o FILE.safetensors"
+                ) from error
+            raise
         self.prune()
         return token
 
@@ -45,42 +70,47 @@ class ResultStore:
 
     def token(self, job: str) -> str | None:
         """Return the token of a kept blob, or None."""
-        token = self._tokens.get(job)
-        if token is None:
-            token = next((p.stem.partition(".")[2] for p in self.folder.glob(f"{job}.*.pt")), None)
-        return token if token is not None and self._path(job, token).is_file() else None
+        return next((path.stem.partition(".")[2] for path in self.folder.glob(f"{job}.*.pt")), None)
 
     def prune(self) -> None:
-        """Remove blobs older than a day; they can be made again from the mesh."""
-        for path in self.folder.glob("*.pt"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > KEEP_S:
+        """Remove blobs older than a day, and the oldest beyond a bound; they can be made again from the mesh."""
+        kept = 0
+        for age, size, path in sorted(_facts(path) for path in self.folder.glob("*.pt")):
+            kept += size
+            if age > KEEP_S or (kept > self._keep_bytes and kept != size):
+                with contextlib.suppress(OSError):
                     path.unlink()
 
     def _path(self, job: str, token: str) -> Path:
         return self.folder / f"{job}.{token}.pt"
 
 
-def make_blob(archive: memoryview, compress: bool) -> bytes:
-    """Return the verified archive's values as the client loads them (runs in a thread; raises ArchiveError)."""
+def decode(archive: memoryview, compress: bool) -> bytes:
+    """Return a verified archive's values as the client loads them; raises ArchiveError."""
     return dump(read(archive), compress)
 
 
-def dump(values: dict[str, Any], compress: bool) -> bytes:
-    """Return `torch.save(values)`; compressed, exactly one zstd frame that declares its size."""
-    import torch
+def dump(values: Mapping[str, Any], compress: bool) -> bytes:
+    """Return the `torch.save` of `values`; compressed, exactly one zstd frame that declares its size."""
+    from edif_mesh.results.torchfile import write_values
 
     buffer = io.BytesIO()
-    torch.save(values, buffer, pickle_protocol=4)
-    data = buffer.getvalue()
-    if compress:
-        import zstandard
+    write_values(values, buffer, compress=False)
+    if not compress:
+        return buffer.getvalue()
+    import zstandard
 
-        data = zstandard.ZstdCompressor(level=1).compress(data)
-    return data
+    return bytes(zstandard.ZstdCompressor(level=1).compress(buffer.getbuffer()))
 
 
-def _write(path: Path, blob: bytes) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(blob)
-    temporary.replace(path)
+def warm_up() -> None:
+    """Import what the first result needs (torch takes seconds), so that no client waits for it."""
+    dump({}, compress=True)
+
+
+def _facts(path: Path) -> tuple[float, int, Path]:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return 0.0, 0, path
+    return time.time() - info.st_mtime, info.st_size, path

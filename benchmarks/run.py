@@ -52,7 +52,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edif-bench-") as folder:
         home, port = Path(folder), free_port()
         os.environ["EDIF_HOME"], os.environ["NDIF_HOST"] = str(home), f"http://127.0.0.1:{port}"
-        run_up(sites=2, models=(tiny, DEMO_MODEL), port=port, monitor_port=free_port(), slots=2, state=home, detach=True, json=False)
+        run_up(
+            sites=2,
+            models=(tiny, DEMO_MODEL),
+            port=port,
+            monitor_port=free_port(),
+            slots=2,
+            state=home,
+            detach=True,
+            json=False,
+        )
         try:
             tables = measure(tiny, DEMO_MODEL, runs)
         finally:
@@ -107,7 +116,8 @@ def traces(model_id: str, runs: int) -> list[Row]:
         times = in_turn(cases, runs)
     base = statistics.median(times["nnsight, local in-process"])
     return [
-        (name, f"{statistics.median(t):.1f}", f"{min(t):.1f}", f"{statistics.median(t) - base:+.1f}") for name, t in times.items()
+        (name, f"{statistics.median(t):.1f}", f"{min(t):.1f}", f"{statistics.median(t) - base:+.1f}")
+        for name, t in times.items()
     ]
 
 
@@ -159,7 +169,9 @@ def results(model_id: str, runs: int) -> list[Row]:
                     model.lm_head.output.sum()
                     values = torch.arange(count, dtype=torch.float32).save()  # noqa: F841
 
-            times = in_turn({"tcp": lambda size=size: raw_tcp(size * MB), "client": client, "unmodified": unmodified}, runs)
+            times = in_turn(
+                {"tcp": lambda size=size: raw_tcp(size * MB), "client": client, "unmodified": unmodified}, runs
+            )
         speed = {name: size / (statistics.median(t) / 1000) for name, t in times.items()}
         rows.append((f"{size} MB", f"{speed['tcp']:.0f}", f"{speed['client']:.0f}", f"{speed['unmodified']:.0f}"))
     return rows

@@ -1,6 +1,5 @@
 """Payloads of real nnsight traces against the tiny model, serialized as nnsight's own client does."""
 
-# ruff: noqa: F841 (names are what a trace saves)
 from __future__ import annotations
 
 import functools

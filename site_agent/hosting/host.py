@@ -134,11 +134,12 @@ def _serve_forks(control: socket.socket, model: Any, payload: bytes | None, sett
 
 
 def _fork(control: socket.socket, descriptor: int, model: Any, payload: bytes | None, settings: Any) -> None:
+    host = os.getpid()
     pid = os.fork()
     if pid == 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        serve(socket.socket(fileno=descriptor), model, payload, settings)
+        serve(socket.socket(fileno=descriptor), model, payload, settings, host)
     os.close(descriptor)
     _say(control, {"forked": pid})
 

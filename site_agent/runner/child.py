@@ -33,14 +33,14 @@ _MAX_LOG_FRAME = 60_000
 _MAX_TEXT = 100_000
 
 
-def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings: SandboxSettings) -> None:
-    """Confine this process, warm it up, wait for one job on `sock`, run it. Never returns."""
+def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings: SandboxSettings, host: int) -> None:
+    """Confine this process, a child of `host`; warm it up, wait for one job on `sock`, run it. Never returns."""
     status = 1
     try:
         address_space = _address_space_bytes()
         gc.enable()
         confine(settings, sock.fileno())
-        if os.getppid() == 1:
+        if os.getppid() != host:  # it died before the death signal was set
             os._exit(1)
         if warm_payload is not None:
             with contextlib.suppress(Exception):

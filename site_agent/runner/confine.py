@@ -1,21 +1,24 @@
 """Confinement of one runner: what it takes from itself before it reads the first byte of a stranger's job.
 
-Order: new session, death signal, descriptors, namespaces (only where they are allowed, never required), user id (only
-where the dropped id can still read the interpreter), limits, no new privileges, Landlock, capabilities, not dumpable,
-seccomp last. A sandbox that cannot be set up raises SandboxError and nothing runs. Python inside is *not* a boundary.
+Order: new session, descriptors, namespaces (only where they are allowed, never required), user id, capabilities, death
+signal, limits, no new privileges, Landlock, not dumpable, seccomp last. A sandbox that cannot be set up raises SandboxError
+and nothing runs. Python inside is *not* a boundary.
 
-Where the agent runs as root and the interpreter lies in a folder that only root can read, the runner keeps its user id:
-Landlock, the empty capability set and seccomp hold it then, and the profile says so.
+User id. Where the agent runs as root, every runner gets an id of its own, so that neither the agent nor another runner is a
+process "of the same user". Modules are imported lazily all through torch and transformers, and the interpreter may lie
+under a folder that only root can enter (a home of root): the runner then keeps one capability, CAP_DAC_READ_SEARCH, which
+gives it no more than root's own files gave it, and Landlock still limits every read to the folders listed. Where the agent
+is not root, runners have its user id; Landlock, seccomp and non-dumpable processes keep them apart.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +32,10 @@ _HANDLED_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 <
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
 _CLONE_NEWNET, _CLONE_NEWIPC = 0x40000000, 0x08000000
+_PR_SET_KEEPCAPS, _CAP_DAC_READ_SEARCH = 8, 2
 _SIGKILL = 9
-NOBODY = 65534
+_FIRST_UID, _UIDS = 61_184, 4_096
+"""Ids that belong to nobody, low enough to be mapped in a container."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,11 +45,12 @@ class SandboxSettings:
     """What a runner may still reach. `readable` are folders it may read (interpreter, libraries, model)."""
 
     readable: tuple[str, ...]
-    drop_to_uid: int | None = None
+    own_uid: bool = False
+    search: bool = False
+    """Keep CAP_DAC_READ_SEARCH: the interpreter lies in a folder that only root can enter."""
     namespaces: bool = False
-    processes: int = 512
-    """Threads, counted per user id by the kernel."""
-    file_bytes: int = 0
+    threads: int = 512
+    """Counted per user id by the kernel, so it is set with `own_uid` only; the supervisor counts them in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +59,30 @@ class Profile:
 
     name: str
     landlock_abi: int
-    drop_to_uid: int | None
+    own_uid: bool
+    search: bool
     namespaces: bool
 
     def sentence(self) -> str:
         """Return the profile for a person."""
-        user = f"user id {self.drop_to_uid}" if self.drop_to_uid is not None else "the agent's user id"
+        user = "a user id of its own" if self.own_uid else "the agent's user id"
         extra = ", own network and IPC namespaces" if self.namespaces else ""
         return f"{self.name}: Landlock ABI {self.landlock_abi}, seccomp, limits, {user}{extra}"
 
 
 def interpreter_folders() -> tuple[str, ...]:
-    """Return the folders that lazily imported modules and shared libraries come from."""
-    candidates = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path}
-    candidates |= {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/share/zoneinfo"}
-    real = {os.path.realpath(path) for path in candidates if path and os.path.isdir(path)}
-    return tuple(sorted(path for path in real if path not in ("/", "/root", os.path.expanduser("~"))))
+    """Return the folders that lazily imported modules and shared libraries come from.
+
+    Any other folder on `sys.path` may hold what it likes (keys, in the folder an agent was started in): of those only our
+    own packages are listed.
+    """
+    installed = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__)}
+    installed |= {path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")}
+    installed |= {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/share/zoneinfo"}
+    ours = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    installed |= {os.path.join(ours, name) for name in ("edif_mesh", "site_agent")}
+    real = {os.path.realpath(path) for path in installed if os.path.isdir(path)}
+    return tuple(sorted(real - {"/", "/root", "/home", os.path.expanduser("~")}))
 
 
 def find_profile() -> Profile:
@@ -82,32 +96,34 @@ def find_profile() -> Profile:
     if not supported():
         raise SandboxError("There is no system call table for this processor, so this site runs nothing.")
     root = os.geteuid() == 0
-    drop = NOBODY if root and _others_can_read((sys.executable, os.__file__, sys.prefix)) else None
-    return Profile("base", abi, drop, namespaces=root and _can_unshare())
+    search = root and not _others_can_read((sys.executable, os.__file__, *interpreter_folders()))
+    own_uid = root and _can(lambda: _take_own_uid(search))
+    namespaces = root and _can(_unshare)
+    return Profile("namespaced" if namespaces else "base", abi, own_uid, own_uid and search, namespaces)
 
 
 def settings_for(profile: Profile, readable: tuple[str, ...]) -> SandboxSettings:
     """Return the settings of a runner under `profile` that may also read the folders `readable`."""
-    return SandboxSettings((*interpreter_folders(), *readable), profile.drop_to_uid, profile.namespaces)
+    return SandboxSettings((*interpreter_folders(), *readable), profile.own_uid, profile.search, profile.namespaces)
 
 
 def confine(settings: SandboxSettings, keep_descriptor: int) -> None:
     """Take everything from this process but its memory and `keep_descriptor`. Raises SandboxError."""
     os.setsid()
     _close_descriptors(keep_descriptor)
-    if settings.namespaces and _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC) != 0:
-        raise SandboxError(f"The runner's own network namespace was refused: {os.strerror(ctypes.get_errno())}.")
-    if settings.drop_to_uid is not None:
-        os.setgroups([])
-        os.setresgid(settings.drop_to_uid, settings.drop_to_uid, settings.drop_to_uid)
-        os.setresuid(settings.drop_to_uid, settings.drop_to_uid, settings.drop_to_uid)
-    _libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+    if settings.namespaces:
+        _unshare()
+    if settings.own_uid:
+        _take_own_uid(settings.search)
+    else:
+        _keep_capabilities(0)
+    _libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)  # a change of user id has cleared it
     _limit(settings)
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise SandboxError("The kernel refused no_new_privs.")
     _landlock(settings.readable)
-    _drop_capabilities()
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise SandboxError("The runner could not be made unreadable for others.")
     install_filter()
 
 
@@ -137,12 +153,11 @@ def _close_descriptors(keep: int) -> None:
 
 def _limit(settings: SandboxSettings) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (settings.file_bytes, settings.file_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-    if settings.drop_to_uid is not None:
-        with contextlib.suppress(ValueError):
-            resource.setrlimit(resource.RLIMIT_NPROC, (settings.processes, settings.processes))
+    if settings.own_uid:
+        resource.setrlimit(resource.RLIMIT_NPROC, (settings.threads, settings.threads))
 
 
 def _landlock(readable: tuple[str, ...]) -> None:
@@ -168,26 +183,57 @@ def _landlock(readable: tuple[str, ...]) -> None:
     os.close(ruleset)
 
 
-def _drop_capabilities() -> None:
+def _unshare() -> None:
+    if _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC) != 0:
+        raise SandboxError(f"The runner's own network namespace was refused: {os.strerror(ctypes.get_errno())}.")
+
+
+def _take_own_uid(search: bool) -> None:
+    """Become a user that nobody else is, with no capability but, for `search`, CAP_DAC_READ_SEARCH."""
+    uid = _FIRST_UID + os.getpid() % _UIDS
+    _drop_bounding_set()
+    try:
+        _libc.prctl(_PR_SET_KEEPCAPS, int(search), 0, 0, 0)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError as error:
+        raise SandboxError(f"The runner could not take a user id of its own: {error.strerror}.") from error
+    _keep_capabilities(1 << _CAP_DAC_READ_SEARCH if search else 0)
+
+
+def _drop_bounding_set() -> None:
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
             break
+
+
+def _keep_capabilities(kept: int) -> None:
+    """Drop all capabilities but the bits `kept`, from every set (bits 0 to 31)."""
+    _drop_bounding_set()
     header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
-    if _libc.capset(header, bytes(24)) != 0:
+    if _libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)) != 0:
         raise SandboxError(f"The runner could not drop its capabilities: {os.strerror(ctypes.get_errno())}.")
 
 
 def _others_can_read(paths: tuple[str, ...]) -> bool:
     for path in paths:
         real = Path(os.path.realpath(path))
-        if any(not parent.stat().st_mode & 0o001 for parent in real.parents):
+        folders = (*real.parents, real) if real.is_dir() else real.parents
+        if any(not folder.stat().st_mode & 0o001 for folder in folders):
             return False
     return True
 
 
-def _can_unshare() -> bool:
+def _can(action: Callable[[], None]) -> bool:
+    """Return whether `action` succeeds, tried in a child of its own."""
     child = os.fork()
     if child == 0:
-        os._exit(0 if _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC) == 0 else 1)
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
     return os.waitpid(child, 0)[1] == 0

@@ -45,7 +45,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, ids: dict[str, str]) -> Itera
 
 
 @pytest.fixture(scope="module")
-def models(ids: dict[str, str]) -> Iterator[Callable[[str], Any]]:
+def models(ids: dict[str, str]) -> Callable[[str], Any]:
     loaded: dict[str, Any] = {}
 
     def load(name: str) -> Any:
@@ -58,7 +58,7 @@ def models(ids: dict[str, str]) -> Iterator[Callable[[str], Any]]:
             loaded[name].repo_id = repo_id
         return loaded[name]
 
-    yield load
+    return load
 
 
 @pytest.fixture(autouse=True)

@@ -188,7 +188,7 @@ def raw_tcp(size: int) -> None:
     connection, _ = listener.accept()
     target = memoryview(bytearray(size))
     filled = 0
-    while filled < size and (count := connection.recv_into(target[filled:], 1 << 20)):
+    while filled < size and (count := connection.recv_into(target[filled:])):
         filled += count
     sender.wait()
     connection.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +56,7 @@ def transaction(engine: Engine, *, write: bool) -> Iterator[Connection]:
     try:
         with engine.connect().execution_options(edif_write=write) as connection, connection.begin():
             yield connection
-    except (DBAPIError, sqlite3.Error) as error:
+    except (DBAPIError, engine.dialect.loaded_dbapi.Error) as error:  # the second: of statements given to the driver
         text = str(getattr(error, "orig", None) or error)
         if any(sign in text.lower() for sign in _FULL):
             raise RecordFullError(

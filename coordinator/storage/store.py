@@ -6,9 +6,11 @@ Blocking; the shell calls it in a thread of its own. One writer, any number of r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any, cast
 
-from sqlalchemy import Connection, CursorResult, Select, Table, func, select, update
+from sqlalchemy import Connection, Engine, Select, Table, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import SQLModel
 
@@ -31,11 +33,15 @@ class Store:
         self._engine = open_engine(url)
         self._sqlite = self._engine.dialect.name == "sqlite"
         insert: Any = sqlite.insert if self._sqlite else postgresql.insert
-        self._put_job = _upsert(insert, JobRow, ("job",), _JOB_CHANGES, guarded=True)
-        self._put_attempt = _upsert(insert, AttemptRow, ("job", "attempt"), ("status", "active", "record"))
-        self._put_site = _upsert(insert, SiteRow, ("site",), ("record",))
-        self._put_order = insert(_table(OrderRow)).on_conflict_do_nothing()
-        self._add_audit = _table(AuditRow).insert()
+        engine, changed = self._engine, ("status", "active", "record")
+        self._put_job = Write(_upsert(insert, JobRow, ("job",), _JOB_CHANGES, guarded=True), StoredJob, engine)
+        self._put_attempt = Write(_upsert(insert, AttemptRow, ("job", "attempt"), changed), StoredAttempt, engine)
+        self._put_site = Write(_upsert(insert, SiteRow, ("site",), ("record",)), StoredSite, engine)
+        self._put_order = Write(insert(_table(OrderRow)).on_conflict_do_nothing(), StoredOrder, engine)
+        self._add_audit = Write(_table(AuditRow).insert(), AuditLine, engine, without="number")
+        ask = select(_table(TermRow).c.epoch)
+        # SQLite holds its write lock already.
+        self._ask_term = str((ask if self._sqlite else ask.with_for_update()).compile(dialect=engine.dialect))
         with transaction(self._engine, write=True) as connection:
             migrate(connection)
 
@@ -62,20 +68,15 @@ class Store:
         """
         with transaction(self._engine, write=True) as connection:
             self._check_term(connection, recording.epoch)
+            cursor = connection.connection.cursor()
             for job in recording.jobs:
-                done = cast("CursorResult[Any]", connection.execute(self._put_job, _columns(job)))
-                if done.rowcount == 0:
+                if self._put_job.run(cursor, [job]) == 0:
                     raise StaleRecordError(f"{job.job}: version {job.version} is not newer than the recorded one.")
-            for statement, items in (
-                (self._put_attempt, recording.attempts),
-                (self._put_site, recording.sites),
-                (self._put_order, recording.orders),
-            ):
-                if items:
-                    connection.execute(statement, [_columns(item) for item in items])
-            if recording.audit:
-                lines = [_columns(item) | {"epoch": recording.epoch} for item in recording.audit]
-                connection.execute(self._add_audit, [_without_number(line) for line in lines])
+            self._put_attempt.run(cursor, recording.attempts)
+            self._put_site.run(cursor, recording.sites)
+            self._put_order.run(cursor, recording.orders)
+            self._add_audit.run(cursor, [replace(line, epoch=recording.epoch) for line in recording.audit])
+            cursor.close()
 
     def probe(self, epoch: Epoch) -> None:
         """Write nothing new, but durably: shows that the record can be written (errors as `apply`)."""
@@ -84,10 +85,7 @@ class Store:
             connection.execute(update(_table(TermRow)).values(epoch=epoch))
 
     def _check_term(self, connection: Connection, epoch: Epoch) -> None:
-        query = select(_table(TermRow).c.epoch)
-        if not self._sqlite:  # SQLite holds its write lock already
-            query = query.with_for_update()
-        found = int(connection.execute(query).scalar_one())
+        found = int(connection.exec_driver_sql(self._ask_term).scalar_one())
         if found != epoch:
             raise LostLeadershipError(epoch, found)
 
@@ -178,6 +176,28 @@ class Store:
             return connection.execute(query).all()
 
 
+class Write:
+    """A statement that writes values of one class, compiled once: it goes to the driver as text, without SQLAlchemy's
+    work for every call."""
+
+    def __init__(self, statement: Any, kind: type[Any], engine: Engine, *, without: str = "") -> None:
+        fields = [name for name in kind.__dataclass_fields__ if name != without]
+        compiled = statement.compile(dialect=engine.dialect, column_keys=fields)
+        self._text = str(compiled)
+        self._names: list[str] | None = compiled.positiontup
+        self._fields = fields
+        self._values = attrgetter(*(self._names or fields))
+
+    def run(self, cursor: Any, items: Sequence[Any]) -> int:
+        """Write `items` and return how many rows the driver says were written."""
+        if not items:
+            return 0
+        rows = [self._values(item) for item in items]
+        named = self._names is None
+        cursor.executemany(self._text, [dict(zip(self._fields, row, strict=True)) for row in rows] if named else rows)
+        return int(cursor.rowcount)
+
+
 def _upsert(
     insert: Any, row: type[SQLModel], key: tuple[str, ...], changes: tuple[str, ...], *, guarded: bool = False
 ) -> Any:
@@ -193,14 +213,6 @@ def _upsert(
 
 def _table(row: type[SQLModel]) -> Table:
     return cast(Table, row.__table__)  # type: ignore[attr-defined]
-
-
-def _columns(item: Any) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in item.__dataclass_fields__}
-
-
-def _without_number(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name != "number"}
 
 
 def _job(row: Any) -> StoredJob:

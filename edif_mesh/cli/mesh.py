@@ -7,6 +7,7 @@ import asyncio
 from edif_mesh.cli.exit_codes import OK
 from edif_mesh.cli.render import ago, as_json, gigabytes, say, table
 from edif_mesh.client.mesh import Mesh
+from edif_mesh.domain.site import Device
 from edif_mesh.wire.messages import MeshView
 
 
@@ -49,7 +50,7 @@ def show_sites(*, json: bool) -> int:
                 s.site,
                 s.status.value,
                 s.country or "-",
-                ", ".join(f"{d.name} ({gigabytes(d.memory_bytes)})" for d in s.devices) or "-",
+                ", ".join(f"{_device(d)} {gigabytes(d.memory_bytes)}" for d in s.devices) or "-",
                 f"{s.free_slots} of {s.slots}",
                 f"{gigabytes(s.free_memory_bytes)} of {gigabytes(s.memory_bytes)}",
                 s.sandbox.partition(":")[0] or "none",
@@ -79,6 +80,11 @@ def show_models(*, json: bool) -> int:
         empty="No site offers a model yet.",
     )
     return OK
+
+
+def _device(device: Device) -> str:
+    """A GPU by its name; a CPU's name is long and decides little."""
+    return device.name if device.kind != "cpu" else "CPU"
 
 
 async def _view() -> tuple[MeshView, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -12,7 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-out = Console(highlight=False, soft_wrap=False)
+_WIDE = 200
+"""Columns of a table that goes to a file or a program: nobody there is helped by folded lines."""
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
 err = Console(stderr=True, highlight=False)
 
 _COLOURS = {
@@ -34,8 +38,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) 
         out.print(escape(empty))
         return
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        shown.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        shown.add_column(column, overflow="fold", no_wrap=number == 0)
     for row in rows:
         shown.add_row(*(_cell(text) for text in row))
     out.print(shown)

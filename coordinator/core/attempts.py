@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 from coordinator.core.decision import Draft, Reply, SendStop
 from coordinator.core.events import GrantAnswered, GrantUndelivered, SiteReported
@@ -11,6 +12,7 @@ from coordinator.core.state import AttemptRecord, JobRecord, SiteRecord
 from edif_mesh.domain.attempt import ATTEMPT_TRANSITIONS, AttemptStatus, Blame
 from edif_mesh.domain.ids import SiteId
 from edif_mesh.domain.job import Failure, JobStatus
+from edif_mesh.domain.site import SiteStatus
 from edif_mesh.wire.messages import Manifest, Report, ReportReceived, StopAttempt
 
 AGENT_RESTARTED = "agent_restarted"
@@ -24,7 +26,7 @@ def grant_answered(draft: Draft, event: GrantAnswered) -> None:
     if attempt is None or attempt.site != event.site or not attempt.active or attempt.answered:
         return
     draft.change_attempt(
-        attempt, answered=True, boot=event.boot, deadline_at_ms=lease_end(draft.state.policy, draft.now_ms)
+        attempt, answered=True, missing=0, boot=event.boot, deadline_at_ms=lease_end(draft.state.policy, draft.now_ms)
     )
 
 
@@ -33,14 +35,19 @@ def grant_undelivered(draft: Draft, event: GrantUndelivered) -> None:
     attempt = draft.attempt((event.job, event.attempt))
     if attempt is None or attempt.status is not AttemptStatus.GRANTED or attempt.answered or attempt.missing:
         return
+    site = draft.site(event.site)
+    if site is not None and site.status is SiteStatus.ACTIVE:  # no more work until it speaks again
+        draft.change_site(replace(site, status=SiteStatus.SUSPECT))
     lose(draft, attempt, Failure("unreachable", f"{attempt.site} could not be reached."))
 
 
 def site_reported(draft: Draft, event: SiteReported) -> None:
     """Apply a report of the current attempt; answer every report, so that the site can forget it."""
     report = event.report
+    if report.epoch > draft.state.epoch:
+        return  # a newer coordinator leads: this one must not tell the site to forget anything
     attempt, job = draft.attempt((report.job, report.attempt)), draft.job(report.job)
-    if attempt is not None and job is not None and attempt.site == report.site and report.epoch <= draft.state.epoch:
+    if attempt is not None and job is not None and attempt.site == report.site:
         if report.sequence > attempt.sequence:
             _apply(draft, job, attempt, report, event.manifest)
         job = draft.job(report.job)
@@ -188,7 +195,7 @@ def _apply(draft: Draft, job: JobRecord, attempt: AttemptRecord, report: Report,
         detail=report.detail[:500],
         failure=failure,
         receipt=report.receipt,
-        started_at_ms=draft.now_ms if status is AttemptStatus.RUNNING else attempt.started_at_ms,
+        started_at_ms=attempt.started_at_ms or (draft.now_ms if status is AttemptStatus.RUNNING else None),
         ended_at_ms=draft.now_ms if status.terminal else None,
         deadline_at_ms=attempt.deadline_at_ms if status.terminal else lease_end(policy, draft.now_ms),
     )

@@ -82,10 +82,14 @@ def apply(state: MeshState, event: Event, record: tuple[Change, ...], now_ms: in
             state.frozen_until_ms = now_ms + state.policy.suspect_ms
         case TermStarted():
             state.frozen_until_ms = now_ms + state.policy.suspect_ms
+            state.ticked_at_ms = now_ms
         case Ticked():
             jobs.drop_expired(state.expiries, now_ms)  # type: ignore[arg-type]
             silent = sites.mass_silence(Draft(state, now_ms))
             state.frozen_since_ms = (state.frozen_since_ms or now_ms) if silent else None
+            if _stood_still(state, now_ms):
+                state.frozen_until_ms = now_ms + state.policy.suspect_ms
+            state.ticked_at_ms = now_ms
         case _:
             pass
 
@@ -94,7 +98,15 @@ def is_frozen(state: MeshState, now_ms: int) -> bool:
     """Return whether silence proves nothing now: the own link is or was just down, or most sites fell silent together."""
     if state.link_lost_at_ms is not None or now_ms < state.frozen_until_ms:
         return True
-    return state.frozen_since_ms is not None and now_ms - state.frozen_since_ms < state.policy.max_freeze_ms
+    if _stood_still(state, now_ms):
+        return True
+    silent_for_ms = now_ms - state.frozen_since_ms if state.frozen_since_ms is not None else 0
+    return silent_for_ms < state.policy.max_freeze_ms and sites.mass_silence(Draft(state, now_ms))
+
+
+def _stood_still(state: MeshState, now_ms: int) -> bool:
+    """Whether the coordinator was paused: what the sites said meanwhile may still wait to be heard."""
+    return state.ticked_at_ms is not None and now_ms - state.ticked_at_ms >= state.policy.suspect_ms
 
 
 def _start_term(draft: Draft, epoch: Epoch) -> None:
@@ -112,7 +124,7 @@ def _start_term(draft: Draft, epoch: Epoch) -> None:
 
 
 def _tick(draft: Draft) -> None:
-    frozen = is_frozen(draft.state, draft.now_ms) or sites.mass_silence(draft)
+    frozen = is_frozen(draft.state, draft.now_ms)
     jobs.expire_orders(draft)
     sites.tend_sites(draft, frozen=frozen)
     attempts.tend_attempts(draft, frozen=frozen)

@@ -11,12 +11,15 @@ from coordinator.core.placement import only_permanent
 from coordinator.core.schedule import schedule, verdicts_for
 from coordinator.core.snapshot import mesh_view, snapshot
 from coordinator.core.state import JobRecord
+from edif_mesh.domain.ids import JobId
 from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.wire.messages import JobList, Order, Refusal
 
 MIN_NNSIGHT = (0, 8)
 CODECS = frozenset({"nnsight-0.8"})
 MAX_LIST = 500
+SKEW_MS = 60_000
+"""How far a researcher's clock may be ahead."""
 
 
 def order_received(draft: Draft, event: OrderReceived) -> None:
@@ -93,16 +96,7 @@ def mesh_asked(draft: Draft, event: MeshAsked) -> None:
 
 def expire_orders(draft: Draft) -> None:
     """End the jobs whose order's time is up."""
-    due = []
-    for (
-        at_ms,
-        job_id,
-    ) in draft.state.expiries:  # a heap: its front is what is due; removed once recorded (see `drop_expired`)
-        if at_ms <= draft.now_ms:
-            due.append(job_id)
-        elif len(due) == 0:
-            break
-    for job_id in due:
+    for job_id in _due(draft.state.expiries, draft.now_ms):
         job = draft.job(job_id)
         if job is not None and not job.terminal:
             _end(
@@ -118,6 +112,17 @@ def drop_expired(expiries: list[tuple[int, str]], now_ms: int) -> None:
     """Forget the heap's entries that `expire_orders` has dealt with."""
     while expiries and expiries[0][0] <= now_ms:
         heapq.heappop(expiries)
+
+
+def _due(heap: list[tuple[int, JobId]], now_ms: int) -> list[JobId]:
+    """Return what is due at the front of the heap, reading no more than that; `drop_expired` takes it away."""
+    due, look = [], [0]
+    while look:
+        place = look.pop()
+        if place < len(heap) and heap[place][0] <= now_ms:
+            due.append(heap[place][1])
+            look += (2 * place + 1, 2 * place + 2)
+    return due
 
 
 def _end(draft: Draft, job: JobRecord, status: JobStatus, failure: Failure, reason: str) -> JobRecord:
@@ -139,10 +144,13 @@ def _problem(draft: Draft, order: Order) -> tuple[str, str] | None:
         return "expired", "The order had expired when it arrived. Submit it again."
     if order.expires_at_ms - order.issued_at_ms > 7 * 86_400_000:
         return "window", "An order may be valid for 7 days at most."
-    if order.not_before_ms > now + 60_000:
+    if max(order.not_before_ms, order.issued_at_ms) > now + SKEW_MS:
         return "window", "The order is not valid yet. Check the clock of your machine."
     if order.max_attempts < 1:
         return "attempts", "An order must allow at least one attempt."
+    asked = order.limits
+    if min(asked.wall_ms, asked.memory_bytes, asked.result_bytes, order.payload.size_bytes) <= 0 or asked.log_bytes < 0:
+        return "limits", "The limits and the size of the payload that an order states must be positive."
     if order.payload.codec not in CODECS:
         return "codec", f"The payload's form {order.payload.codec!r} is unknown here; nnsight 0.8 is needed."
     if _version(order.client.nnsight) < MIN_NNSIGHT:

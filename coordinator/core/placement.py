@@ -13,6 +13,9 @@ from edif_mesh.wire.messages import Order, SiteVerdict
 PERMANENT = frozenset({"audience", "model", "revision", "dtype", "task", "versions", "limits", "too_large", "sandbox"})
 """Reasons that waiting does not change: an order that every site refuses for one of them is refused at once."""
 
+BUSY = frozenset({"no_slot", "no_memory"})
+"""Reasons that pass when a running attempt ends."""
+
 ASSUMED_RUN_S = 2.0
 TROUBLE_S = 10.0
 """Expected cost of one recent loss at a site: noticing it and running elsewhere."""
@@ -97,7 +100,7 @@ def _reasons(order: Order, record: SiteRecord, free_slots: int, free_memory_byte
         yield Failure("sandbox", f"{site} cannot confine runners, so it runs nothing.")
     if record.status in (SiteStatus.CORDONED, SiteStatus.DRAINING):
         yield Failure("cordoned", f"{site} takes no new work at present ({record.status.value.lower()}).")
-    if record.status in (SiteStatus.SUSPECT, SiteStatus.LOST):
+    if record.status in (SiteStatus.SUSPECT, SiteStatus.LOST) or record.disconnected_at_ms is not None:
         yield Failure("silent", f"{site} has not been heard of for a while.")
     if free_slots <= 0:
         yield Failure("no_slot", f"All {advert.slots} slots of {site} are taken.")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.core.decision import Draft, SendGrant
-from coordinator.core.placement import choose, judge
-from coordinator.core.state import AttemptRecord, JobRecord, Policy, SiteRecord, queue_key
+from coordinator.core.placement import BUSY, choose, judge
+from coordinator.core.queue import Turns
+from coordinator.core.state import AttemptRecord, JobRecord, Policy, SiteRecord
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, SiteId
 from edif_mesh.domain.job import Failure, JobStatus, Limits
 from edif_mesh.wire.messages import Grant, SiteVerdict
+
+UNTRIED_WAIT_MS = 60_000
+"""How long a job waits for a busy site that it has not tried rather than go where it failed before."""
 
 
 @dataclass
@@ -27,7 +31,8 @@ def schedule(draft: Draft) -> None:
     if not any(room.slots > 0 for room in rooms.values()):
         return
     refused: set[tuple[object, ...]] = set()
-    for job in _queued(draft):
+    turns = Turns(draft)
+    for job in turns:
         if job.not_before_ms > draft.now_ms:
             continue
         shape = _shape(job)
@@ -38,7 +43,11 @@ def schedule(draft: Draft) -> None:
         if best is None:
             refused.add(shape)
             continue
-        _grant(draft, job, best, verdicts)
+        if best.site in job.tried and _better_waits(draft, job, verdicts):
+            continue
+        if not _grant(draft, job, best, verdicts):
+            continue
+        turns.charge(job)
         rooms[best.site].slots -= 1
         rooms[best.site].memory_bytes -= job.order.limits.memory_bytes
         if not any(room.slots > 0 for room in rooms.values()):
@@ -76,12 +85,12 @@ def lease_end(policy: Policy, now_ms: int) -> int:
     return now_ms + policy.lease_ms + policy.margin_ms
 
 
-def _queued(draft: Draft) -> list[JobRecord]:
-    keys = list(draft.state.queue)
-    known = {key[2] for key in keys}
-    keys += [queue_key(j) for j in draft.changed_jobs() if j.status is JobStatus.QUEUED and j.job not in known]
-    found = [draft.job(key[2]) for key in sorted(keys)]
-    return [job for job in found if job is not None and job.status is JobStatus.QUEUED]
+def _better_waits(draft: Draft, job: JobRecord, verdicts: tuple[SiteVerdict, ...]) -> bool:
+    """Whether a site where the job has not failed yet is only busy: worth waiting for, but not for ever."""
+    if draft.now_ms - job.updated_at_ms >= UNTRIED_WAIT_MS:
+        return False
+    untried = [verdict for verdict in verdicts if verdict.site not in job.tried]
+    return any(verdict.reasons and all(r.code in BUSY for r in verdict.reasons) for verdict in untried)
 
 
 def _shape(job: JobRecord) -> tuple[object, ...]:
@@ -90,7 +99,7 @@ def _shape(job: JobRecord) -> tuple[object, ...]:
     return (order.model, order.audience, order.limits, order.client.nnsight, job.tried)
 
 
-def _grant(draft: Draft, job: JobRecord, best: SiteVerdict, verdicts: tuple[SiteVerdict, ...]) -> None:
+def _grant(draft: Draft, job: JobRecord, best: SiteVerdict, verdicts: tuple[SiteVerdict, ...]) -> bool:
     policy, now = draft.state.policy, draft.now_ms
     number = AttemptNumber(job.attempt + 1)
     if number > job.order.max_attempts:
@@ -102,7 +111,7 @@ def _grant(draft: Draft, job: JobRecord, best: SiteVerdict, verdicts: tuple[Site
                 "attempts_used_up", f"All {job.order.max_attempts} attempts that the order allows were used."
             ),
         )
-        return
+        return False
     attempt = AttemptRecord(
         job=job.job,
         attempt=number,
@@ -117,6 +126,7 @@ def _grant(draft: Draft, job: JobRecord, best: SiteVerdict, verdicts: tuple[Site
     draft.change_attempt(attempt)
     draft.change_job(job, status=JobStatus.PLACED, attempt=number, text=f"Placed at {best.site} (attempt {number}).")
     draft.send(grant_message(draft, job, attempt))
+    return True
 
 
 def grant_message(draft: Draft, job: JobRecord, attempt: AttemptRecord) -> SendGrant:

@@ -31,7 +31,8 @@ def advert_received(draft: Draft, event: AdvertReceived) -> None:
     status = advert.status if advert.status in _SPOKEN else SiteStatus.CORDONED
     record = SiteRecord(advert.site, status, advert, draft.now_ms, None, known.trouble if known else 0)
     draft.change_site(record, durable=known is None or rebooted or _differs(known.advert, advert))
-    leases = _renew(draft, advert)
+    repeated = known is not None and not rebooted and advert.sequence == known.advert.sequence
+    leases = _renew(draft, advert, rebooted=rebooted, repeated=repeated)
     if event.reply_to:
         answer = LeaseRenewed(
             site=advert.site,
@@ -76,7 +77,7 @@ def mass_silence(draft: Draft) -> bool:
     return len(heard) >= 3 and 2 * len(silent) > len(heard)
 
 
-def _renew(draft: Draft, advert: Advert) -> list[AttemptLease]:
+def _renew(draft: Draft, advert: Advert, *, rebooted: bool, repeated: bool) -> list[AttemptLease]:
     listed = {(a.job, a.attempt) for a in advert.attempts}
     leases = []
     for attempt in draft.active_at(advert.site):
@@ -93,15 +94,21 @@ def _renew(draft: Draft, advert: Advert) -> list[AttemptLease]:
             )
             if current and not attempt.status.terminal:
                 leases.append(AttemptLease(attempt.job, attempt.attempt))
-        elif attempt.boot is not None and attempt.boot != advert.boot:
+        elif rebooted and attempt.boot is not None and attempt.boot != advert.boot:
             _gone(draft, attempt, "agent_restarted", "its agent was restarted")
-        elif attempt.answered:
+        elif attempt.answered and not repeated and _was_heard_before(draft, attempt):
             missing = attempt.missing + 1
             if missing >= _MISSING_ADVERTS:
                 _gone(draft, attempt, "forgotten", "it no longer holds the attempt")
             else:
                 draft.change_attempt(attempt, missing=missing)
     return leases
+
+
+def _was_heard_before(draft: Draft, attempt: AttemptRecord) -> bool:
+    """Whether the attempt was last heard of long enough ago that this advert cannot have crossed that word on its way."""
+    heard_at_ms = attempt.deadline_at_ms - (lease_end(draft.state.policy, 0))
+    return draft.now_ms - heard_at_ms >= draft.state.policy.disconnect_grace_ms
 
 
 def _gone(draft: Draft, attempt: AttemptRecord, code: str, why: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import replace
 
 from coordinator.core.decision import Draft
+from coordinator.core.placement import BUSY, only_permanent
+from coordinator.core.queue import position
 from coordinator.core.schedule import verdicts_for
-from coordinator.core.state import AttemptRecord, JobRecord, queue_key
+from coordinator.core.state import AttemptRecord, JobRecord
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, SiteId
 from edif_mesh.domain.job import Failure, JobStatus
@@ -19,10 +20,10 @@ _BRIEF_TEXT = 300
 
 def snapshot(draft: Draft, job: JobRecord, *, explain: bool = False, brief: bool = False) -> JobSnapshot:
     """Return the job as its owner sees it; with `explain`, every site's verdict; `brief` leaves the bulky parts out."""
-    position = _position(draft, job)
+    place = position(draft, job)
     attempts = [draft.attempt((job.job, AttemptNumber(n))) for n in range(1, job.attempt + 1)]
     views = tuple(_view(a) for a in attempts if a is not None)
-    eta = _eta_ms(draft, job, position)
+    eta = _eta_ms(draft, job, place)
     why: tuple[SiteVerdict, ...] = ()
     if explain:
         current = draft.current_attempt(job)
@@ -34,14 +35,14 @@ def snapshot(draft: Draft, job: JobRecord, *, explain: bool = False, brief: bool
         job=job.job,
         version=job.version,
         status=job.status,
-        text=sentence(draft, job, position, eta),
+        text=sentence(draft, job, place, eta),
         model=job.order.model,
         owner=job.owner,
         submitted_at_ms=job.submitted_at_ms,
         updated_at_ms=job.updated_at_ms,
         expires_at_ms=job.order.expires_at_ms,
         attempts=() if brief else views,
-        position=position,
+        position=place,
         eta_ms=eta,
         name=job.order.name,
         site=_site(draft, job),
@@ -53,15 +54,14 @@ def snapshot(draft: Draft, job: JobRecord, *, explain: bool = False, brief: bool
     )
 
 
-def sentence(draft: Draft, job: JobRecord, position: int | None, eta_ms: int | None) -> str:
+def sentence(draft: Draft, job: JobRecord, place: int | None, eta_ms: int | None) -> str:
     """Return where the job is, in one sentence for a person."""
     lost = _lost_sites(draft, job)
-    after = f"; {', '.join(lost)} was lost" if lost else ""
+    after = f"; {', '.join(lost)} {'was' if len(lost) == 1 else 'were'} lost" if lost else ""
     if job.status is JobStatus.QUEUED:
-        ahead = f"Queued, position {position}" if position else "Queued"
+        ahead = f"Queued, position {place}" if place else "Queued"
         wait = f", about {max(1, round(eta_ms / 1000))} s" if eta_ms is not None else ""
-        why = "" if any(_takes_work(draft)) else "; no site takes work at present"
-        return f"{ahead}{wait}{after}{why}."
+        return f"{ahead}{wait}{after}{_hindrance(draft, job)}."
     if job.status in (JobStatus.PLACED, JobStatus.RUNNING):
         attempt = draft.current_attempt(job)
         if attempt is None:
@@ -117,18 +117,12 @@ def _view(attempt: AttemptRecord) -> AttemptView:
     )
 
 
-def _position(draft: Draft, job: JobRecord) -> int | None:
-    if job.status is not JobStatus.QUEUED:
-        return None
-    return bisect_left(draft.state.queue, queue_key(job)) + 1
-
-
-def _eta_ms(draft: Draft, job: JobRecord, position: int | None) -> int | None:
+def _eta_ms(draft: Draft, job: JobRecord, place: int | None) -> int | None:
     run = draft.state.run_ms.get(job.order.model.repo_id)
     slots = sum(s.advert.slots for s in draft.sites() if s.status is SiteStatus.ACTIVE)
-    if position is None or run is None or slots == 0:
+    if place is None or run is None or slots == 0:
         return None
-    return int(run * (position / slots + 1))
+    return int(run * (place / slots + 1))
 
 
 def _site(draft: Draft, job: JobRecord) -> SiteId | None:
@@ -143,5 +137,13 @@ def _lost_sites(draft: Draft, job: JobRecord) -> list[str]:
     return list(dict.fromkeys(a.site for a in found if a is not None and a.status is AttemptStatus.LOST))
 
 
-def _takes_work(draft: Draft) -> list[bool]:
-    return [True for s in draft.sites() if s.status is SiteStatus.ACTIVE]
+def _hindrance(draft: Draft, job: JobRecord) -> str:
+    """Say what must change first when no site would take the job now, even with all its slots free."""
+    if not any(s.status is SiteStatus.ACTIVE for s in draft.sites()):
+        return "; no site takes work at present"
+    verdicts = verdicts_for(draft, job)
+    if any(all(reason.code in BUSY for reason in verdict.reasons) for verdict in verdicts):
+        return ""
+    hopeful = [v for v in verdicts if not only_permanent(v)]
+    texts = [reason.text.rstrip(".") for v in hopeful for reason in v.reasons if reason.code not in BUSY]
+    return f"; waiting: {texts[0]}" if texts else "; no site offers what it needs at present"

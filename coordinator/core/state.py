@@ -174,6 +174,12 @@ class MeshState:
     attempts: dict[AttemptKey, AttemptRecord] = field(default_factory=dict)
     sites: dict[SiteId, SiteRecord] = field(default_factory=dict)
     queue: list[QueueKey] = field(default_factory=list)
+    lines: dict[tuple[int, KeyId], list[QueueKey]] = field(default_factory=dict)
+    """The queue again, by class and owner; no line is empty."""
+    served_s: dict[KeyId, float] = field(default_factory=dict)
+    """What each owner was charged for grants, in expected seconds (see `queue.py`)."""
+    served_now_s: float = 0.0
+    """The charge of the owner served last: where a newcomer starts."""
     active: dict[AttemptKey, None] = field(default_factory=dict)
     active_at: dict[SiteId, set[AttemptKey]] = field(default_factory=dict)
     expiries: list[tuple[int, JobId]] = field(default_factory=list)
@@ -182,6 +188,8 @@ class MeshState:
     link_lost_at_ms: int | None = None
     frozen_until_ms: int = 0
     frozen_since_ms: int | None = None
+    ticked_at_ms: int | None = None
+    """The last tick: a long gap means that the coordinator itself stood still."""
 
 
 def evolve(state: MeshState, change: Change) -> None:
@@ -218,18 +226,43 @@ def _put_job(state: MeshState, record: JobRecord) -> None:
     was, now = old is not None and old.status is JobStatus.QUEUED, record.status is JobStatus.QUEUED
     if was and not now:
         assert old is not None
-        key = queue_key(old)
-        place = bisect_left(state.queue, key)
-        if place < len(state.queue) and state.queue[place] == key:
-            del state.queue[place]
+        _leave_queue(state, old)
     elif now and not was:
-        insort(state.queue, queue_key(record))
+        _enter_queue(state, record)
     if old is None and not record.terminal:
         heapq.heappush(state.expiries, (record.order.expires_at_ms, record.job))
 
 
+def charge_s(state: MeshState, job: JobRecord) -> float:
+    """Return what a grant of the job is charged: the model's usual run time in seconds, or a guess before the first."""
+    return max(0.05, state.run_ms.get(job.order.model.repo_id, 2000.0) / 1000)
+
+
+def _enter_queue(state: MeshState, job: JobRecord) -> None:
+    key = queue_key(job)
+    insort(state.queue, key)
+    if not any((rank, job.owner) in state.lines for rank in (0, 1)):  # a newcomer brings no savings along
+        state.served_s[job.owner] = max(state.served_s.get(job.owner, 0.0), state.served_now_s)
+    insort(state.lines.setdefault((key[0], job.owner), []), key)
+
+
+def _leave_queue(state: MeshState, job: JobRecord) -> None:
+    key = queue_key(job)
+    line = state.lines.get((key[0], job.owner), [])
+    for keys in (state.queue, line):
+        place = bisect_left(keys, key)
+        if place < len(keys) and keys[place] == key:
+            del keys[place]
+    if not line:
+        state.lines.pop((key[0], job.owner), None)
+
+
 def _put_attempt(state: MeshState, record: AttemptRecord) -> None:
     key = (record.job, record.attempt)
+    if key not in state.attempts and record.job in state.jobs:
+        job = state.jobs[record.job]
+        state.served_now_s = max(state.served_now_s, state.served_s.get(job.owner, 0.0))
+        state.served_s[job.owner] = state.served_s.get(job.owner, 0.0) + charge_s(state, job)
     state.attempts[key] = record
     here = state.active_at.setdefault(record.site, set())
     if record.active:

@@ -85,6 +85,6 @@ def code(source: str) -> bytes:
         with model.trace("Hello world", backend=capture):
             scope: dict[str, Any] = {"model": model}
             exec(source, scope)
-            outcome = scope.get("outcome").save()  # noqa: F841
+            outcome = scope.get("outcome").save()
 
     return traces.payload(body)

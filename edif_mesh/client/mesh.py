@@ -7,6 +7,7 @@ import hashlib
 import logging
 import secrets
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -144,8 +145,13 @@ class Mesh:
         envelope = seal(order, self.key)
         handle = Job(self, job, envelope_digest(envelope))
         keeping = asyncio.to_thread(self.outbox.keep, job, envelope, payload)
-        await asyncio.gather(keeping, handle.start_watching(), *([handle.follow_result()] if follow else []))
-        await self._send_order(job, envelope, payload)
+        # A payload without an order is harmless, so it leaves already; the order leaves when both are on our disk.
+        storing = asyncio.create_task(put_payload(self.streams, job, payload))
+        try:
+            await asyncio.gather(keeping, handle.start_watching(), *([handle.follow_result()] if follow else []))
+            await self._send_order(job, envelope, storing)
+        finally:
+            storing.cancel()
         return handle
 
     def job(self, job: str) -> Job:
@@ -175,7 +181,7 @@ class Mesh:
         envelope, payload = self.outbox.order(job), self.outbox.payload(job)
         if envelope is None or payload is None:
             return False
-        await self._send_order(job, envelope, payload, again=True)
+        await self._send_order(job, envelope, put_payload(self.streams, job, payload), again=True)
         return True
 
     def backend(self, model: Any, **options: Any) -> MeshBackend:
@@ -217,9 +223,10 @@ class Mesh:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _send_order(self, job: JobId, envelope: str, payload: bytes, *, again: bool = False) -> None:
+    async def _send_order(self, job: JobId, envelope: str, stored: Awaitable[None], *, again: bool = False) -> None:
+        """Publish the order once its payload is `stored`."""
         try:
-            await put_payload(self.streams, job, payload)
+            await stored
             # A repeated order has another message id: the broker may have dropped the first one's effect long ago.
             message_id = f"{job}-{secrets.token_hex(4)}" if again else str(job)
             await self.streams.append(

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _LIVE_CHUNKS = 4
 """So many come by a plain subscription; a longer result is followed by a consumer with flow control."""
-_EARLY_BYTES = 256 << 20
+_EARLY_BYTES = 512 << 20
 """The most of a running attempt that is kept in memory before its manifest is known."""
 _DIRECT_CHUNKS = 4
 """When no more are missing, each is asked for by name."""

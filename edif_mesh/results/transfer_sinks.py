@@ -67,7 +67,7 @@ def _zeroed(size: int) -> memoryview:
     """Return a writable buffer; a large one is mapped, so that its pages are touched once, when they are filled."""
     if size < _MAP_FROM_BYTES:
         return memoryview(bytearray(size))
-    pages = mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)

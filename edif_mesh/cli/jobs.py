@@ -122,6 +122,8 @@ def fetch_result(*, job: str, output: Path, json: bool) -> int:
         )
     if not output.parent.is_dir():
         raise ConfigError(f"The folder {output.parent} does not exist.")
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder; name a file.")
     size, left_out = asyncio.run(_fetch(job, output, quiet=json))
     if json:
         as_json({"job": job, "file": str(output), "bytes": size, "left_out": left_out})
@@ -147,16 +149,28 @@ async def _fetch(job: str, output: Path, *, quiet: bool) -> tuple[int, list[str]
                 on_update=lambda s: bars.update(bar, description=s.status.value.lower()),
                 progress=lambda done, total: bars.update(bar, description="fetching", completed=done, total=total),
             )
-    if output.suffix == ".edif":
-        temporary = output.with_name(output.name + ".part")
-        temporary.write_bytes(data)
+    temporary = output.with_name(output.name + ".part")
+    try:
+        left_out = _write(data, temporary, tensors_only=output.suffix == ".safetensors")
         temporary.replace(output)
-        return len(data), []
+    finally:
+        temporary.unlink(missing_ok=True)
+    return output.stat().st_size, left_out
+
+
+def _write(data: bytes | memoryview, path: Path, *, tensors_only: bool) -> list[str]:
+    if not tensors_only:
+        path.write_bytes(data)
+        return []
+    from safetensors import SafetensorError
+
     from edif_mesh.results.archive import read
     from edif_mesh.results.export import to_safetensors
 
-    left_out = to_safetensors(read(data), output)
-    return output.stat().st_size, left_out
+    try:
+        return to_safetensors(read(data), path)
+    except SafetensorError as error:  # the disk: our values are tensors that it can hold
+        raise ConfigError(f"{path} could not be written: {error}") from error
 
 
 async def _status(job: str, *, explain: bool = False) -> JobSnapshot:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from edif_mesh.cli.exit_codes import FAILED, OK
 from edif_mesh.cli.render import as_json, complain, say
 from edif_mesh.config import home as default_home
 from edif_mesh.errors import ConfigError, EdifError, NotFoundError
-from edif_mesh.local.federation import LocalSettings, prepare
+from edif_mesh.local.federation import LocalFederation, LocalSettings, prepare
 from edif_mesh.local.supervisor import Supervisor, last_words, lock_home, running_mesh, stop_running
 from edif_mesh.models import DEMO_MODEL, ResolvedModel, resolve_model
 
@@ -37,8 +38,8 @@ def run_up(
     settings = LocalSettings(home, sites, _resolve(models), port, monitor_port, slots)
     if detach:
         return _detach(settings, models, json)
-    federation = prepare(settings)
-    return asyncio.run(_serve(Supervisor, federation, json))
+    lock = lock_home(home)  # before anything is written: the settings there may be those of a mesh that runs
+    return asyncio.run(_serve(prepare(settings), lock, json))
 
 
 def run_down(*, state: Path | None, json: bool) -> int:
@@ -65,8 +66,8 @@ def _resolve(models: tuple[str, ...]) -> tuple[ResolvedModel, ...]:
     return tuple(result)
 
 
-async def _serve(make: type[Supervisor], federation, json: bool) -> int:  # type: ignore[no-untyped-def]
-    supervisor = make(federation, lambda text: complain(text) if json else say(text))
+async def _serve(federation: LocalFederation, lock: IO[str], json: bool) -> int:
+    supervisor = Supervisor(federation, lambda text: complain(text) if json else say(text), lock)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -49,8 +49,9 @@ class Child:
 class Supervisor:
     """Runs one prepared federation: `start`, then `wait`, then `stop`."""
 
-    def __init__(self, federation: LocalFederation, say: Say) -> None:
-        self.federation, self._say = federation, say
+    def __init__(self, federation: LocalFederation, say: Say, lock: IO[str]) -> None:
+        """`lock` is the locked file of `lock_home`; it is held until `stop`."""
+        self.federation, self._say, self._lock = federation, say, lock
         passwords = federation.passwords
         self._broker = EmbeddedServer(
             EmbeddedSettings(
@@ -85,11 +86,9 @@ class Supervisor:
         self._stopping = self._ready = False
         self._keepers: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._lock: IO[str] | None = None
 
     async def start(self) -> None:
         """Start everything and wait until all is ready. Raises ConfigError and others, a sentence each."""
-        self._lock = lock_home(self.federation.home)
         settings = self.federation.settings
         check_port("127.0.0.1", settings.gateway_port)
         check_port("127.0.0.1", settings.monitor_port)
@@ -121,8 +120,7 @@ class Supervisor:
         for keeper in self._keepers:
             keeper.cancel()
         await self._broker.stop()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     async def _until_ready(self, child: Child) -> None:
         waiting = asyncio.ensure_future(child.ready.wait())

@@ -81,6 +81,7 @@ class Desk:
     record: list[Change] = field(default_factory=list)
     sent: list[Outgoing] = field(default_factory=list)
     _sequences: dict[str, int] = field(default_factory=dict)
+    _said: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state = MeshState(FederationId("test"), self.policy)
@@ -112,10 +113,11 @@ class Desk:
         return tuple(AttemptRef(a.job, a.attempt, a.status) for a in found)
 
     def advert(self, site: str, **fields: Any) -> Decision:
-        """The site adverts, with its next sequence number unless one is given; returns the decision."""
+        """The site adverts, with its next sequence number unless one is given, and otherwise as it last did."""
         fields.setdefault("sequence", self._sequences.get(site, 0) + 1)
         self._sequences[site] = fields["sequence"]
-        fields.setdefault("issued_at_ms", self.now_ms)
+        fields = {**self._said.get(site, {}), "issued_at_ms": self.now_ms, **fields}
+        self._said[site] = {k: v for k, v in fields.items() if k not in ("sequence", "issued_at_ms", "attempts")}
         return self.happens(ev.AdvertReceived(an_advert(site, **fields), "advert"))
 
     def orders(self, number: int = 1, owner: KeyId = ALICE, digest: str = "", **fields: Any) -> JobId:

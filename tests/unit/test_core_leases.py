@@ -30,14 +30,16 @@ def running_at_a(*others: str) -> tuple[Desk, JobId]:
 def test_a_listed_attempt_keeps_its_lease_for_as_long_as_its_site_speaks() -> None:
     desk, job = running_at_a(B)
     desk.passes(600_000, A, B)
-    assert desk.job(job).status is JobStatus.RUNNING and desk.job(job).attempt == 1
+    assert desk.job(job).status is JobStatus.RUNNING
+    assert desk.job(job).attempt == 1
 
 
 def test_a_silent_site_gets_no_new_work_and_loses_its_attempt_only_after_the_whole_lease() -> None:
     desk, job = running_at_a(B)
     deadline = desk.attempt(job).deadline_at_ms
     desk.passes(deadline - desk.now_ms - 1000, B)
-    assert desk.job(job).attempt == 1 and desk.state.sites[SiteId(A)].status is not SiteStatus.ACTIVE
+    assert desk.job(job).attempt == 1
+    assert desk.state.sites[SiteId(A)].status is not SiteStatus.ACTIVE
     desk.passes(2000, B)
     assert desk.attempt(job, 1).status is AttemptStatus.LOST
     assert (desk.attempt(job).site, desk.job(job).status) == (B, JobStatus.PLACED)
@@ -54,7 +56,8 @@ def test_a_restarted_agent_that_lists_nothing_moves_its_attempts_at_once() -> No
 def test_the_last_words_of_an_older_run_of_an_agent_are_not_believed() -> None:
     desk, job = running_at_a(B)
     desk.advert(A, boot=BootId("older"), issued_at_ms=desk.now_ms - 10_000, sequence=900)
-    assert desk.job(job).attempt == 1 and desk.state.sites[SiteId(A)].advert.boot == f"{A}-boot-1"
+    assert desk.job(job).attempt == 1
+    assert desk.state.sites[SiteId(A)].advert.boot == f"{A}-boot-1"
 
 
 def test_a_forgotten_attempt_moves_after_two_adverts_but_not_after_one_that_crossed_the_grant() -> None:
@@ -80,7 +83,8 @@ def test_a_disconnected_site_has_a_short_grace_to_return() -> None:
     assert desk.job(job).attempt == 1
     desk.happens(ev.SiteDisconnected(SiteId(A)))
     desk.passes(desk.policy.disconnect_grace_ms, B)
-    assert desk.attempt(job).site == B and desk.now_ms < desk.attempt(job, 1).deadline_at_ms
+    assert desk.attempt(job).site == B
+    assert desk.now_ms < desk.attempt(job, 1).deadline_at_ms
 
 
 def test_a_site_gets_no_work_between_its_disconnection_and_its_return() -> None:
@@ -142,7 +146,8 @@ def test_a_coordinator_that_stood_still_expires_nothing() -> None:
     desk.now_ms += 90_000
     desk.happens(ev.Ticked())
     desk.passes(60_000, A, B)
-    assert desk.job(job).attempt == 1 and desk.state.sites[SiteId(A)].status is SiteStatus.ACTIVE
+    assert desk.job(job).attempt == 1
+    assert desk.state.sites[SiteId(A)].status is SiteStatus.ACTIVE
 
 
 def test_a_new_term_renews_every_lease() -> None:
@@ -151,7 +156,8 @@ def test_a_new_term_renews_every_lease() -> None:
     desk.happens(ev.TermStarted(Epoch(2)))
     desk.passes(1000)
     desk.passes(60_000, A, B)
-    assert desk.job(job).attempt == 1 and desk.state.epoch == 2
+    assert desk.job(job).attempt == 1
+    assert desk.state.epoch == 2
 
 
 def test_mass_silence_freezes_expiry_but_not_for_ever() -> None:
@@ -167,11 +173,14 @@ def test_a_late_success_of_a_lost_attempt_is_acknowledged_kept_and_not_applied()
     desk.passes(40_000, B)
     decision = desk.reports(job, AttemptStatus.SUCCEEDED, number=1)
     (reply,) = replies(decision)
-    assert isinstance(reply, ReportReceived) and not reply.result_committed
-    assert desk.job(job).status is JobStatus.PLACED and desk.attempt(job, 1).receipt is not None
+    assert isinstance(reply, ReportReceived)
+    assert not reply.result_committed
+    assert desk.job(job).status is JobStatus.PLACED
+    assert desk.attempt(job, 1).receipt is not None
     desk.accepts(job)
     (reply,) = replies(desk.reports(job, AttemptStatus.SUCCEEDED))
-    assert isinstance(reply, ReportReceived) and reply.result_committed
+    assert isinstance(reply, ReportReceived)
+    assert reply.result_committed
     assert (desk.job(job).result_site, desk.job(job).manifest) == (B, f"manifest of {B}")
 
 
@@ -180,7 +189,9 @@ def test_a_repeated_success_is_acknowledged_as_committed_and_commits_nothing_mor
     desk.reports(job, AttemptStatus.SUCCEEDED)
     before = desk.job(job)
     (reply,) = replies(desk.reports(job, AttemptStatus.SUCCEEDED, sequence=desk.attempt(job).sequence))
-    assert isinstance(reply, ReportReceived) and reply.result_committed and desk.job(job) == before
+    assert isinstance(reply, ReportReceived)
+    assert reply.result_committed
+    assert desk.job(job) == before
     desk.reports(job, AttemptStatus.FAILED)
     assert desk.job(job) == before
 
@@ -193,7 +204,8 @@ def test_a_report_of_an_unknown_job_is_acknowledged_so_that_the_site_drops_it() 
         attempt.site, BootId("b"), job, attempt.attempt, 9, AttemptStatus.FAILED, 0, digest, epoch=attempt.epoch
     )
     (reply,) = replies(Desk().happens(ev.SiteReported(report, None, "report")))
-    assert isinstance(reply, ReportReceived) and not reply.result_committed
+    assert isinstance(reply, ReportReceived)
+    assert not reply.result_committed
 
 
 def test_a_coordinator_of_an_older_term_tells_no_site_to_forget_a_report() -> None:
@@ -213,14 +225,16 @@ def test_a_success_whose_manifest_does_not_fit_is_no_success(wrong: dict[str, ob
     desk, job = running_at_a(B)
     opened = None if wrong is None else a_manifest(desk.job(job), desk.attempt(job), **wrong)
     desk.reports(job, AttemptStatus.SUCCEEDED, opened=opened)
-    assert desk.attempt(job, 1).status is AttemptStatus.FAILED and desk.attempt(job).site == B
+    assert desk.attempt(job, 1).status is AttemptStatus.FAILED
+    assert desk.attempt(job).site == B
 
 
 def test_only_current_attempts_are_named_in_a_renewal() -> None:
     desk, job = running_at_a(B)
     desk.passes(40_000, B)
     (reply,) = replies(desk.advert(A, attempts=(AttemptRef(job, desk.attempt(job, 1).attempt, AttemptStatus.RUNNING),)))
-    assert isinstance(reply, LeaseRenewed) and reply.attempts == ()
+    assert isinstance(reply, LeaseRenewed)
+    assert reply.attempts == ()
 
 
 def test_a_running_attempts_start_is_its_first_report_of_running() -> None:
@@ -229,3 +243,12 @@ def test_a_running_attempts_start_is_its_first_report_of_running() -> None:
     desk.now_ms += 1000
     desk.reports(job, AttemptStatus.RUNNING)
     assert desk.attempt(job).started_at_ms == began
+
+
+def test_a_site_that_reports_a_grant_back_does_not_free_the_job_for_a_second_attempt() -> None:
+    desk = Desk()
+    desk.advert(A)
+    desk.advert(B)
+    job = desk.orders()
+    desk.reports(job, AttemptStatus.GRANTED)
+    assert (desk.job(job).status, desk.job(job).attempt) == (JobStatus.PLACED, 1)

@@ -142,10 +142,10 @@ class Job:
 
     # -------------------------------------------------------------------------------------------------------- output
 
-    async def listen(self, on_line: Callable[[str], object]) -> LineFollower:
-        """Call `on_line` for every line that the job prints from now on."""
+    async def listen(self, on_line: Callable[[str], object], *, before_it_runs: bool = False) -> LineFollower:
+        """Call `on_line` for every line that the job prints, earlier ones too once a new one comes or it is finished."""
         self.printing = LineFollower(self._mesh, self.id, on_line)
-        await self.printing.start()
+        await self.printing.start(before_it_runs=before_it_runs)
         return self.printing
 
     async def logs(self, *, follow: bool = False) -> AsyncIterator[str]:
@@ -306,7 +306,7 @@ class Job:
         except NotFoundError:
             if not self._mesh.outbox.waits(self.id):
                 raise
-            if silent > 1 and silent & (silent - 1) == 0:
+            if silent & (silent - 1) == 0:
                 with contextlib.suppress(TransportError):
                     await self._mesh.resend(self.id)
         except EdifError as error:

@@ -30,8 +30,13 @@ class LineFollower:
         self._subscription: Subscription | None = None
         self._losses = mesh.link_losses
 
-    async def start(self) -> None:
-        """Listen from now on; without a link `finish` reads everything instead."""
+    async def start(self, *, before_it_runs: bool = False) -> None:
+        """Listen from now on; `finish` reads what may have been missed.
+
+        Nothing can be when the order leaves over this very connection afterwards: then `before_it_runs`.
+        """
+        if not before_it_runs:
+            self._losses -= 1
         try:
             subject = subjects.all_log_lines(self._job)
             self._subscription = await self._mesh.bus.subscribe(subject, self._received)

@@ -297,7 +297,7 @@ class Mesh:
 
 
 async def _started(job: Job, on_line: Callable[[str], object]) -> None:
-    await job.listen(on_line)
+    await job.listen(on_line, before_it_runs=True)
 
 
 __all__ = ["EdifError", "JobSpec", "Mesh", "now_ms"]

@@ -44,7 +44,7 @@ class ResultWriter:
         self._ended = False
 
     async def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Append `data` (any size; copied unless it is `bytes`); waits while too much is unacknowledged.
+        """Append `data` (any size; copied unless it is `bytes` or a read-only view); waits while too much is unacknowledged.
 
         Raises:
             StoreFullError: the broker's store is full.
@@ -52,7 +52,9 @@ class ResultWriter:
             ChunkError: the attempt's subject already holds other bytes.
         """
         self._check()
-        view = memoryview(data if isinstance(data, bytes) else bytes(data))
+        view = memoryview(data)
+        if not view.readonly:
+            view = memoryview(bytes(view))
         self._total += len(view)
         while len(view):
             piece = view[: self._chunk_bytes - self._filled]

@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 
 _LIVE_CHUNKS = 4
 """So many come by a plain subscription; a longer result is followed by a consumer with flow control."""
-_EARLY_BYTES = 256 << 20
+_EARLY_BYTES = 512 << 20
 """The most of a running attempt that is kept in memory before its manifest is known."""
+_STALL_S = 0.25
+"""How long the consumer that follows may bring nothing before the rest is asked for anew."""
 _DIRECT_CHUNKS = 4
 """When no more are missing, each is asked for by name."""
 _AT_ONCE = 8
@@ -57,6 +59,7 @@ class ResultReader:
         self._early: dict[AttemptNumber, dict[int, memoryview]] = {}
         self._early_digests: dict[tuple[AttemptNumber, int], bytes] = {}
         self._following: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
         self._stop_listening: Callable[[], None] = _nothing
         self._attempt = AttemptNumber(0)
         self._digests: dict[int, bytes] = {}
@@ -88,6 +91,7 @@ class ResultReader:
         if manifest.job != self._job:
             raise ManifestError(f"The manifest is of job {manifest.job}, not of {self._job}; nothing was fetched.")
         check_sizes(manifest)
+        await self._hear_the_rest(manifest)
         await self._end_following()
         self._progress = progress
         self._stats = ReadStats(manifest.archive_bytes, self._stats.fetched_bytes, 0, manifest.chunks)
@@ -125,6 +129,7 @@ class ResultReader:
             self._stats.fetched_bytes += len(data)
             # The first stays: its digest may already be known.
             self._early.setdefault(address.attempt, {}).setdefault(int(address.name), data)
+            self._news.set()
             if self._following is None and len(self._early[address.attempt]) > 1:
                 self._following = asyncio.create_task(self._follow_long(), name=f"follow {self._job}")
 
@@ -154,6 +159,18 @@ class ResultReader:
         digests = await asyncio.to_thread(lambda: {n: hashlib.sha256(data).digest() for n, data in new.items()})
         if attempt == self._attempt:
             self._early_digests |= {(attempt, n): digest for n, digest in digests.items()}
+
+    async def _hear_the_rest(self, manifest: Manifest) -> None:
+        """Let the consumer that follows bring what is on its way, for as long as it brings anything."""
+        while self._following is not None and not self._following.done() and self._attempt == manifest.attempt:
+            if len(self._early.get(manifest.attempt, ())) >= manifest.chunks:
+                return
+            self._news.clear()
+            try:
+                async with asyncio.timeout(_STALL_S):
+                    await self._news.wait()
+            except TimeoutError:
+                return
 
     async def _end_following(self) -> None:
         self._stop_listening()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
 from edif_mesh.errors import StoreFullError
 from edif_mesh.results.manifest import chunk_size
 from edif_mesh.wire.messages import Manifest
+
+_MAP_FROM_BYTES = 4 << 20
 
 
 class Sink(Protocol):
@@ -41,7 +45,7 @@ class BufferSink:
 
     def begin(self, manifest: Manifest) -> dict[int, bytes]:
         """Allocate the whole archive."""
-        self.data, self._chunk_bytes = memoryview(bytearray(manifest.archive_bytes)), manifest.chunk_bytes
+        self.data, self._chunk_bytes = _zeroed(manifest.archive_bytes), manifest.chunk_bytes
         return {}
 
     def place(self, number: int, data: memoryview, digest: bytes) -> None:
@@ -57,6 +61,17 @@ class BufferSink:
 
     def close(self) -> None:
         """Nothing to do."""
+
+
+def _zeroed(size: int) -> memoryview:
+    """Return a writable buffer; a large one is mapped, so that its pages are touched once, when they are filled."""
+    if size < _MAP_FROM_BYTES:
+        return memoryview(bytearray(size))
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)
 
 
 class FileSink:

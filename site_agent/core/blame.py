@@ -14,6 +14,8 @@ _USER = frozenset(
         "cpu_time",
         "out_of_memory",
         "payload_too_large",
+        "too_many_threads",
+        "env",
     }
 )
 _RUNNER = frozenset({"runner_crashed", "protocol"})

@@ -21,6 +21,7 @@ from site_agent.runner.supervisor import Runner
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
 _SOCKET_BUFFER = 4 << 20
 _SETUP_FAILURES = 3
+_READY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class ModelHost:
         self._process: asyncio.subprocess.Process
         self._control: socket.socket
         self._unborn: deque[socket.socket] = deque()
-        self._runners: dict[int, Runner] = {}
+        self._exits: dict[int, asyncio.Future[int | None]] = {}
         self._ready: asyncio.Queue[Runner] = asyncio.Queue()
         self._waiting = 0
         self._failures = 0
@@ -75,7 +76,7 @@ class ModelHost:
             theirs.close()
             if log:
                 log.close()
-        readable = [str(p) for p in (settings.hf_cache, spec.path) if p]
+        readable = _readable(spec, settings.hf_cache)
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(ours, json.dumps({"spec": asdict(spec), "readable": readable}).encode())
         try:
@@ -99,6 +100,13 @@ class ModelHost:
 
     async def lend(self) -> Runner:
         """Return a ready runner, and have the next one forked. Raises RunnerError when the host is gone."""
+        while True:
+            runner = await self._next_ready()
+            if not runner.exited.done():
+                return runner
+            runner.discard()  # it died while it waited
+
+    async def _next_ready(self) -> Runner:
         if self.closed.done():
             raise RunnerError(self.closed.result())
         self._waiting += 1
@@ -108,10 +116,13 @@ class ModelHost:
         either: set[asyncio.Future[Any]] = {getting, self.closed}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if getting.done():  # nobody will take it
+                self._ready.put_nowait(getting.result())
+            raise
         finally:
             self._waiting -= 1
-            if not getting.done():
-                getting.cancel()
+            getting.cancel()
         if not getting.done() or getting.cancelled():
             raise RunnerError(self.closed.result())
         return getting.result()
@@ -124,8 +135,8 @@ class ModelHost:
 
     async def close(self) -> None:
         """End the host and all its runners."""
-        for runner in list(self._runners.values()):
-            runner.discard()
+        while not self._ready.empty():
+            self._ready.get_nowait().discard()
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
@@ -166,9 +177,9 @@ class ModelHost:
                 if "forked" in message:
                     self._born(int(str(message["forked"])))
                 elif "exited" in message:
-                    runner = self._runners.pop(int(str(message["exited"])), None)
-                    if runner is not None and not runner.exited.done():
-                        runner.exited.set_result(int(str(message["status"])))
+                    exited = self._exits.pop(int(str(message["exited"])), None)
+                    if exited is not None and not exited.done():
+                        exited.set_result(int(str(message["status"])))
         self._end(f"The host process of {self.spec.repo_id} died.")
 
     def _fork(self) -> None:
@@ -193,17 +204,17 @@ class ModelHost:
         except OSError:
             sock.close()
             return
-        self._runners[pid] = runner
+        self._exits[pid] = runner.exited
         self._spawn(self._await_ready(runner), name="warming")
 
     async def _await_ready(self, runner: Runner) -> None:
         try:
-            await runner.ready()
-        except RunnerError as error:
+            await asyncio.wait_for(runner.ready(), _READY_S)
+        except (RunnerError, TimeoutError) as error:
             runner.discard()
             self._failures += 1
             if self._failures >= _SETUP_FAILURES:
-                self._end(f"Runners of {self.spec.repo_id} cannot be set up: {error}")
+                self._end(f"Runners of {self.spec.repo_id} cannot be set up: {error or 'not ready in time'}")
                 return
             self._fork()
             return
@@ -213,11 +224,24 @@ class ModelHost:
     def _end(self, why: str) -> None:
         if not self.closed.done():
             self.closed.set_result(why)
+        for exited in self._exits.values():
+            if not exited.done():
+                exited.set_result(None)
+        self._exits.clear()
 
     def _spawn(self, work: object, name: str = "host") -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _readable(spec: ModelSpec, hf_cache: Path | None) -> list[str]:
+    """What a runner may read of the site's models: its own model's files and the adapters, no other model's weights."""
+    folders = [Path(spec.path)] if spec.path else []
+    if hf_cache is not None:
+        folders.append(hf_cache / f"models--{spec.repo_id.replace('/', '--')}")
+        folders += {path.parents[2] for path in hf_cache.glob("models--*/snapshots/*/adapter_config.json")}
+    return [str(folder) for folder in folders]
 
 
 def _environment(settings: HostSettings) -> dict[str, str]:

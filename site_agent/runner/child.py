@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -23,7 +24,16 @@ from typing import Any
 from edif_mesh.errors import SandboxError, UnsupportedValueError
 from edif_mesh.results.archive import plan
 from site_agent.runner.confine import SandboxSettings, confine
-from site_agent.runner.protocol import HEAD, MAX_JOB_HEAD_BYTES, SIZE, JobHead, Kind, pack, pack_json
+from site_agent.runner.protocol import (
+    HEAD,
+    LOG_FRAME_COST_BYTES,
+    MAX_JOB_HEAD_BYTES,
+    SIZE,
+    JobHead,
+    Kind,
+    pack,
+    pack_json,
+)
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _MEMORY_SLACK_BYTES = 256 << 20
@@ -65,7 +75,6 @@ def _serve_one(sock: socket.socket, model: Any, address_space: int) -> None:
         return
     head = JobHead(**json.loads(_receive(sock, length)))
     payload = _receive(sock, head.payload_bytes)
-    began = time.process_time()
     _set_limits(head, address_space)
     output = LogWriter(sock, head.log_bytes)
     sys.stdout = sys.stderr = output
@@ -74,13 +83,14 @@ def _serve_one(sock: socket.socket, model: Any, address_space: int) -> None:
         failure = _run(sock, model, head, bytes(payload), output)
     except MemoryError:
         failure = ("out_of_memory", _memory_sentence(head))
-    output.close_quietly()
     if failure is not None:
+        output.close()
         code, text = failure
         text = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT // 2] + "\n[...]\n" + text[-_MAX_TEXT // 2 :]
         sock.sendall(pack_json(Kind.FAILED, {"code": code, "text": text}))
     else:
-        sock.sendall(pack_json(Kind.DONE, {"cpu_ms": int((time.process_time() - began) * 1000)}))
+        sock.sendall(pack(Kind.DONE))
+    sock.recv(1)  # until it is killed: the supervisor reads from the kernel first what was used
 
 
 def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter) -> tuple[str, str] | None:
@@ -113,11 +123,12 @@ def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output:
         if _is_allocation_failure(error):
             return "out_of_memory", _memory_sentence(head)
         return "user_error", _user_traceback(error, tracer)
-    output.flush()
-    return _send_result(sock, values, head)
+    return _send_result(sock, values, head, output)
 
 
-def _send_result(sock: socket.socket, values: dict[str, Any], head: JobHead) -> tuple[str, str] | None:
+def _send_result(
+    sock: socket.socket, values: dict[str, Any], head: JobHead, output: LogWriter
+) -> tuple[str, str] | None:
     try:
         archive = plan(values)
     except MemoryError:
@@ -132,6 +143,7 @@ def _send_result(sock: socket.socket, values: dict[str, Any], head: JobHead) -> 
             f"The saved values take {archive.total_bytes / 1e6:,.1f} MB; this job may return {head.result_bytes / 1e6:,.1f} MB. "
             "Save less (a slice, a mean, one layer), or order a higher limit.",
         )
+    output.close()  # a thread that still prints must not speak in the middle of the result
     sock.sendall(pack(Kind.RESULT, SIZE.pack(archive.total_bytes)))
     for data in archive.buffers():
         sock.sendall(data)
@@ -177,11 +189,14 @@ def _user_traceback(error: BaseException, tracer: Any) -> str:
     """Format the error as nnsight shows it locally: the researcher's own files and lines, none of ours."""
     from nnsight.tracing.util import clean_traceback, filter_traceback
 
-    find = getattr(tracer, "traceback", None)
-    found = find(error) if find is not None else clean_traceback(error.__traceback__)
-    found = filter_traceback(found, lambda frame: not frame.f_code.co_filename.startswith(_PACKAGE))
-    error.__context__ = None
-    return "".join(traceback.format_exception(type(error), error, found)).rstrip()
+    try:
+        find = getattr(tracer, "traceback", None)
+        found = find(error) if find is not None else clean_traceback(error.__traceback__)
+        found = filter_traceback(found, lambda frame: not frame.f_code.co_filename.startswith(_PACKAGE))
+        error.__context__ = None
+        return "".join(traceback.format_exception(type(error), error, found)).rstrip()
+    except Exception:  # an exception that cannot even be shown
+        return f"Your code raised {type(error).__name__}."
 
 
 def _payload_sentence(error: BaseException) -> str:
@@ -251,6 +266,7 @@ class LogWriter(io.TextIOBase):
         self._pending: list[str] = []
         self._size = 0
         self._frames = 0
+        self._lock = threading.RLock()
 
     def writable(self) -> bool:
         """It can be written to."""
@@ -258,33 +274,39 @@ class LogWriter(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Take text; send it when a line is complete."""
-        if self._left <= 0:
-            return len(text)
-        self._pending.append(text)
-        self._size += len(text)
-        if self._size >= _BATCH_CHARACTERS or (self._frames < _PROMPT_FRAMES and "\n" in text):
-            self.flush()
+        with self._lock:
+            if self._left > 0:
+                self._pending.append(text)
+                self._size += len(text)
+                if self._size >= _BATCH_CHARACTERS or (self._frames < _PROMPT_FRAMES and "\n" in text):
+                    self._send()
         return len(text)
 
     def flush(self) -> None:
-        """Send what is pending."""
+        """Send what is pending, unless there was so much that it goes in batches."""
+        with self._lock:
+            if self._frames < _PROMPT_FRAMES:
+                self._send()
+
+    def close(self) -> None:
+        """Send the rest; what is printed from now on is dropped. A broken socket is the supervisor's to notice."""
+        with self._lock, contextlib.suppress(OSError):
+            self._send()
+            self._left = 0
+
+    def _send(self) -> None:
         data = "".join(self._pending).encode("utf-8", "replace")
         self._pending, self._size = [], 0
-        if not data or self._left <= 0:
-            return
-        if len(data) > self._left:
-            data = data[: self._left] + b"\n[the output limit of this job is reached; the rest is not shown]\n"
-            self._left = 0
-        else:
-            self._left -= len(data)
         for start in range(0, len(data), _MAX_LOG_FRAME):
-            self._sock.sendall(pack(Kind.LOG, data[start : start + _MAX_LOG_FRAME]))
+            piece = data[start : start + _MAX_LOG_FRAME]
+            if self._left <= 0:
+                return
+            self._left -= len(piece) + LOG_FRAME_COST_BYTES
+            if self._left <= 0:
+                piece = piece[: max(0, self._left + len(piece))]
+                piece += b"\n[the output limit of this job is reached; the rest is not shown]\n"
+            self._sock.sendall(pack(Kind.LOG, piece))
             self._frames += 1
-
-    def close_quietly(self) -> None:
-        """Send the rest; a broken socket is the supervisor's to notice."""
-        with contextlib.suppress(OSError):
-            self.flush()
 
 
 def _receive(sock: socket.socket, size: int) -> bytearray:

@@ -2,6 +2,11 @@
 
 A frame is `kind u8, length u32` and that many bytes. `RESULT` alone announces a size (u64) and is followed by exactly
 that many raw bytes. A runner speaks only for the job whose socket it holds: frames carry no identity.
+
+The whole conversation, as `Conversation` enforces it:
+
+    READY | FAILED(sandbox)                    before a job
+    STARTED  LOG*  ( RESULT bytes DONE | FAILED )     for the one job
 """
 
 from __future__ import annotations
@@ -30,13 +35,16 @@ class Kind(IntEnum):
     LOG = 12
     RESULT = 13
     DONE = 14
-    """JSON: cpu_ms, result_bytes."""
+    """Empty; the runner then waits to be killed."""
     FAILED = 15
     """JSON: code, text."""
 
 
+LOG_FRAME_COST_BYTES = 64
+"""What a LOG frame counts against the log limit besides its text: empty frames are not free."""
+
 FROM_RUNNER = frozenset({Kind.READY, Kind.STARTED, Kind.LOG, Kind.RESULT, Kind.DONE, Kind.FAILED})
-_LENGTHS = {Kind.READY: 0, Kind.STARTED: 0, Kind.RESULT: SIZE.size}
+_LENGTHS = {Kind.READY: 0, Kind.STARTED: 0, Kind.RESULT: SIZE.size, Kind.DONE: 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +83,56 @@ def check_head(raw: bytes) -> tuple[Kind, int]:
     return kind, length
 
 
-def parse_failure(data: bytes) -> tuple[str, str]:
-    """Return code and text of a FAILED frame, bounded; raises RunnerError."""
-    value = _object(data)
-    code, text = value.get("code"), value.get("text")
-    if not isinstance(code, str) or not isinstance(text, str) or code not in RUNNER_CODES:
+class Conversation:
+    """What a runner may say next, and how much of it; raises RunnerError for everything else. Pure: feed it frame heads."""
+
+    def __init__(self, log_bytes: int, result_bytes: int) -> None:
+        self._next = frozenset({Kind.STARTED, Kind.FAILED})
+        self._log_left = log_bytes + LOG_FRAME_COST_BYTES + 4096
+        self._result_bytes = result_bytes
+
+    def accept(self, kind: Kind, length: int) -> None:
+        """Take the head of the next frame."""
+        if kind not in self._next:
+            raise RunnerError(
+                f"The runner sent {kind.name} where {' or '.join(sorted(k.name for k in self._next))} may come."
+            )
+        if kind is Kind.LOG:
+            self._log_left -= length + LOG_FRAME_COST_BYTES
+            if self._log_left < 0:
+                raise RunnerError("The runner printed beyond its limit.")
+        elif kind is Kind.STARTED:
+            self._next = frozenset({Kind.LOG, Kind.RESULT, Kind.FAILED})
+        else:
+            self._next = frozenset({Kind.DONE} if kind is Kind.RESULT else ())
+
+    def result_bytes(self, data: bytes) -> int:
+        """Return the size that a RESULT frame announces, within the job's limit."""
+        (total,) = SIZE.unpack(data)
+        if not 0 < total <= self._result_bytes:
+            raise RunnerError(f"The runner announced a result of {total} bytes; {self._result_bytes} are allowed.")
+        return int(total)
+
+
+def parse_failure(data: bytes, codes: frozenset[str]) -> tuple[str, str]:
+    """Return code (one of `codes`) and printable text of a FAILED frame; raises RunnerError."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunnerError("The runner sent a frame that is not JSON.") from error
+    code, text = (value.get("code"), value.get("text")) if isinstance(value, dict) else (None, None)
+    if not isinstance(code, str) or not isinstance(text, str) or code not in codes:
         raise RunnerError("The runner sent a failure without a known code.")
-    return code, text
+    return code, printable(text)
 
 
-def parse_done(data: bytes) -> int:
-    """Return the CPU milliseconds that the runner says it used; raises RunnerError."""
-    cpu = _object(data).get("cpu_ms")
-    if type(cpu) is not int or not 0 <= cpu < 1 << 40:
-        raise RunnerError("The runner sent a malformed end.")
-    return cpu
+def printable(text: str) -> str:
+    """Return `text` as every database and encoding takes it: without NUL and lone surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
 
 
+SETUP_CODES = frozenset({"sandbox"})
+"""What a runner may say instead of READY, before it has seen a stranger's byte."""
 RUNNER_CODES = frozenset(
     {
         "user_error",
@@ -100,18 +141,8 @@ RUNNER_CODES = frozenset(
         "unsupported_value",
         "result_too_large",
         "out_of_memory",
-        "sandbox",
         "env",
     }
 )
-"""What a runner itself may say; everything else (time, crash, cancel) is the supervisor's to say."""
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise RunnerError("The runner sent a frame that is not JSON.") from error
-    if not isinstance(value, dict):
-        raise RunnerError("The runner sent a frame that is no object.")
-    return value
+"""What a runner may say of its job; everything else (time, crash, cancel) is the supervisor's to say. None of these may
+blame the site: hostile code can send them all."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import json
 import os
-import resource
 import signal
 import socket
 import time
@@ -25,10 +25,21 @@ from site_agent.runner.events import (
     RunnerStarted,
     RunnerSucceeded,
 )
-from site_agent.runner.protocol import HEAD, SIZE, JobHead, Kind, check_head, pack, parse_done, parse_failure
+from site_agent.runner.protocol import (
+    HEAD,
+    RUNNER_CODES,
+    SETUP_CODES,
+    Conversation,
+    JobHead,
+    Kind,
+    check_head,
+    pack,
+    parse_failure,
+    printable,
+)
 
 _WATCH_S = 0.25
-_PAGE = resource.getpagesize()
+_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,15 @@ class Runner:
 
     def __init__(self, sock: socket.socket, pid: int, device: str) -> None:
         self.pid = pid
-        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        """Its exit status, set by the host's report; None when the host itself is gone."""
         self._sock, self._device = sock, device
         self._pidfd = os.pidfd_open(pid)
         self._killed_because: tuple[str, str] | None = None
-        self._base_bytes = 0
+        self._base = _Usage()
+        self._base_peak_bytes = 0
         self._peak_bytes = 0
+        self._cpu_ms = 0
         self._buffer = bytearray(64 << 10)
         self._start = self._end = 0
 
@@ -65,10 +79,11 @@ class Runner:
         except (EOFError, OSError) as error:
             raise RunnerError("A runner died while it confined itself.") from error
         if kind is Kind.FAILED:
-            raise RunnerError(parse_failure(data)[1])
+            raise RunnerError(parse_failure(data, SETUP_CODES)[1])
         if kind is not Kind.READY:
             raise RunnerError("A runner spoke before it was ready.")
-        self._base_bytes = self._resident_bytes("VmRSS")
+        self._base = self._usage() or _Usage()
+        self._base_peak_bytes = self._base.resident_bytes
 
     def kill(self, code: str, text: str) -> None:
         """End the child at once (SIGKILL); the first reason given is the one that is reported."""
@@ -94,8 +109,10 @@ class Runner:
             "wall_time",
             f"The job ran longer than its limit of {limits.wall_ms / 1000:,.0f} s and was stopped.",
         )
-        watch = asyncio.create_task(self._watch(limits.memory_bytes))
-        cpu_ms = result_bytes = 0
+        cpu_limit_ms = max(1000, limits.wall_ms * options.threads + 1000)
+        watch = asyncio.create_task(self._watch(limits.memory_bytes, cpu_limit_ms))
+        result_bytes = 0
+        failure: tuple[str, str] | None = ("protocol", "The runner ended in the middle of a sentence.")
         terminal: RunnerEvent | None = None
         try:
             sending = asyncio.create_task(self._send(payload, options))
@@ -105,7 +122,7 @@ class Runner:
                         result_bytes = event.total_bytes
                     yield event
             except _Ended as end:
-                cpu_ms, failure = end.cpu_ms, end.failure
+                failure = end.failure
             except RunnerError as error:
                 failure = ("protocol", str(error))
             except (EOFError, OSError):
@@ -114,11 +131,11 @@ class Runner:
                 sending.cancel()
                 with contextlib.suppress(asyncio.CancelledError, OSError):
                     await sending
-            self._peak_bytes = max(self._peak_bytes, self._resident_bytes("VmHWM") - self._base_bytes)
+            self._measure()
             receipt = Receipt(
                 wall_ms=int((time.monotonic() - began) * 1000),
-                cpu_ms=cpu_ms,
-                peak_memory_bytes=max(0, self._peak_bytes),
+                cpu_ms=self._cpu_ms,
+                peak_memory_bytes=self._peak_bytes,
                 result_bytes=result_bytes if failure is None else 0,
                 device=self._device,
             )
@@ -149,30 +166,25 @@ class Runner:
         await loop.sock_sendall(self._sock, payload)
 
     async def _events(self, options: RunOptions) -> AsyncIterator[RunnerEvent]:
-        log_left = options.limits.log_bytes + 4096
+        talk = Conversation(options.limits.log_bytes, options.limits.result_bytes)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
-            kind, data = await self._frame()
+            kind, length = check_head(await self._exactly(HEAD.size))
+            talk.accept(kind, length)
+            data = await self._exactly(length)
             if kind is Kind.STARTED:
                 yield RunnerStarted()
             elif kind is Kind.LOG:
-                log_left -= len(data)
-                if log_left < 0:
-                    raise RunnerError("The runner printed beyond its limit.")
-                yield RunnerLog(data.decode("utf-8", "replace"))
+                if text := printable(decoder.decode(data)):
+                    yield RunnerLog(text)
             elif kind is Kind.RESULT:
-                (total,) = SIZE.unpack(data)
-                if total > options.limits.result_bytes:
-                    raise RunnerError("The runner announced a result beyond its limit.")
-                self._peak_bytes = max(self._peak_bytes, self._resident_bytes("VmHWM") - self._base_bytes)
+                total = talk.result_bytes(data)
+                self._measure()
                 yield ResultOpened(total)
                 async for event in self._chunks(total, options.chunk_bytes):
                     yield event
-            elif kind is Kind.DONE:
-                raise _Ended(parse_done(data), None)
-            elif kind is Kind.FAILED:
-                raise _Ended(0, parse_failure(data))
             else:
-                raise RunnerError(f"The runner sent {kind.name} in the middle of a job.")
+                raise _Ended(parse_failure(data, RUNNER_CODES) if kind is Kind.FAILED else None)
 
     async def _chunks(self, total: int, size: int) -> AsyncIterator[RunnerEvent]:
         loop = asyncio.get_running_loop()
@@ -216,24 +228,56 @@ class Runner:
 
     # --------------------------------------------------------------------------------------------------------- limits
 
-    async def _watch(self, most: int) -> None:
-        """Kill the child when its resident memory has grown beyond `most`: RLIMIT_AS does not see copied pages."""
+    async def _watch(self, most_bytes: int, most_cpu_ms: int) -> None:
+        """Kill the child beyond what limits of its own can see: pages it copies by writing to weights, threads, CPU time."""
         while True:
             await asyncio.sleep(_WATCH_S)
-            grown = self._resident_bytes("VmRSS") - self._base_bytes
-            self._peak_bytes = max(self._peak_bytes, grown)
-            if grown > most:
+            usage = self._measure()
+            grown = usage.anonymous_bytes - self._base.anonymous_bytes
+            if grown > most_bytes:
                 self.kill(
                     "out_of_memory",
-                    f"The job's memory grew to {grown / 1e9:,.2f} GB; its limit is {most / 1e9:,.2f} GB (beyond the weights).",
+                    f"The job's memory grew to {grown / 1e9:,.2f} GB; its limit is {most_bytes / 1e9:,.2f} GB (beyond the weights).",
                 )
+            elif usage.threads > _MAX_THREADS:
+                self.kill("too_many_threads", f"The job started {usage.threads} threads; {_MAX_THREADS} are allowed.")
+            elif self._cpu_ms > most_cpu_ms:
+                self.kill("cpu_time", _CPU_SENTENCE)
 
-    def _resident_bytes(self, key: str) -> int:
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/{self.pid}/status") as file:
-            for line in file:
-                if line.startswith(key):
-                    return int(line.split()[1]) * 1024
-        return 0
+    def _measure(self) -> _Usage:
+        """Read what the child uses from the kernel (never from the child) and keep the highest."""
+        usage = self._usage()
+        if usage is None:
+            return self._base
+        grown = usage.anonymous_bytes - self._base.anonymous_bytes
+        peak = usage.peak_bytes - self._base_peak_bytes
+        self._peak_bytes = max(self._peak_bytes, grown, peak)
+        self._cpu_ms = max(self._cpu_ms, usage.cpu_ms - self._base.cpu_ms)
+        return usage
+
+    def _usage(self) -> _Usage | None:
+        values: dict[str, int] = {}
+        try:
+            with open(f"/proc/{self.pid}/status") as file:
+                for line in file:
+                    name, _, value = line.partition(":")
+                    if name in ("VmRSS", "VmHWM", "RssAnon", "Threads"):
+                        values[name] = int(value.split()[0])
+            cpu_ns = time.clock_gettime_ns(
+                ~self.pid << 3 | 2
+            )  # CPU clock of another process, see clock_getcpuclockid(3)
+        except (OSError, ValueError):
+            return None
+        if len(values) < 4:  # a zombie has no memory
+            return None
+        kib = 1024
+        return _Usage(
+            resident_bytes=values["VmRSS"] * kib,
+            peak_bytes=values["VmHWM"] * kib,
+            anonymous_bytes=values["RssAnon"] * kib,
+            threads=values["Threads"],
+            cpu_ms=cpu_ns // 1_000_000,
+        )
 
     async def _death(self) -> tuple[str, str]:
         """The child is gone without a word: say why, as far as it is known."""
@@ -242,9 +286,13 @@ class Runner:
         try:
             status = await asyncio.wait_for(asyncio.shield(self.exited), 2)
         except TimeoutError:
+            status = None
+        if status is None:
             return "host_lost", "The model's host process died under the job."
         if status == -signal.SIGXCPU:
-            return "cpu_time", "The job used more processor time than its limit and was stopped."
+            return "cpu_time", _CPU_SENTENCE
+        if status == -signal.SIGKILL:
+            return "runner_crashed", "The runner was killed from outside (SIGKILL), most likely because memory ran out."
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
         return "runner_crashed", f"The runner died without a result ({name})."
 
@@ -254,9 +302,23 @@ class Runner:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
 
+_CPU_SENTENCE = "The job used more processor time than its limit and was stopped."
+
+
+@dataclass(frozen=True, slots=True)
+class _Usage:
+    """What the kernel says of a process."""
+
+    resident_bytes: int = 0
+    peak_bytes: int = 0
+    anonymous_bytes: int = 0
+    threads: int = 0
+    cpu_ms: int = 0
+
+
 class _Ended(Exception):
     """The runner's own terminal frame; leaves the frame loop."""
 
-    def __init__(self, cpu_ms: int, failure: tuple[str, str] | None) -> None:
+    def __init__(self, failure: tuple[str, str] | None) -> None:
         super().__init__()
-        self.cpu_ms, self.failure = cpu_ms, failure
+        self.failure = failure

@@ -46,6 +46,8 @@ from site_agent.shell.spool import Spool
 
 log = logging.getLogger(__name__)
 
+_REPLENISH_AFTER_S = 0.05
+"""The next runner is forked and warmed up once the last word of this attempt has left, not in competition with it."""
 _IDLE_DEATHS = 4
 """How many waiting runners of a host may be found dead before an attempt fails for it."""
 
@@ -155,7 +157,7 @@ class AttemptTask:
             if self._runner is not None:
                 self._runner.discard()
             self._spool.close()
-            self._with.models.replenish(repo_id)
+            asyncio.get_running_loop().call_later(_REPLENISH_AFTER_S, self._with.models.replenish, repo_id)
 
     async def _run(self) -> None:
         held, lending = self._held, asyncio.create_task(self._with.models.lend(self._held.order.model.repo_id))

@@ -42,7 +42,8 @@ class Cargo:
         writer = ResultWriter(self._bulk, key[0], key[1])
         try:
             while (chunk := await spool.get()) is not None:
-                await writer.feed(memoryview(chunk))
+                # Nobody else holds the chunk, so it need not be copied.
+                await writer.feed(memoryview(chunk).toreadonly())
             return await writer.finish()
         finally:
             writer.abort()

@@ -9,6 +9,7 @@ import random
 from collections import deque
 from dataclasses import replace
 
+from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.errors import EdifError, TransportError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _TIMEOUT_MS = 3_000
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.1, 5.0
+_SHORT_S = 0.025
+"""An attempt that ends within this time reports only its end: that it ran would be old when it is heard."""
 
 
 class Outbox:
@@ -32,6 +35,7 @@ class Outbox:
     def __init__(self, loop: AgentLoop, trust: TrustStore, key: PrivateKey, bus: Bus) -> None:
         self._loop, self._trust, self._key, self._bus = loop, trust, key, bus
         self._waiting: dict[AttemptKey, deque[Report]] = {}
+        self._last_word: dict[AttemptKey, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._link = asyncio.Event()
         self.idle = asyncio.Event()
@@ -45,9 +49,11 @@ class Outbox:
         if queue is not None:
             if report.status.terminal:
                 queue.clear()
+                self._last_word[key].set()
             queue.append(report)
             return
         self._waiting[key] = deque([report])
+        self._last_word[key] = asyncio.Event()
         self.idle.clear()
         task = asyncio.create_task(self._deliver(key), name=f"report {key[0]}.{key[1]}")
         self._tasks.add(task)
@@ -66,6 +72,8 @@ class Outbox:
 
     async def _deliver(self, key: AttemptKey) -> None:
         queue, wait_s = self._waiting[key], _FIRST_WAIT_S
+        if queue[0].status is AttemptStatus.RUNNING:
+            await _until(self._last_word[key], _SHORT_S)
         while queue:
             report, link = queue[0], self._link
             try:
@@ -83,7 +91,7 @@ class Outbox:
             wait_s = _FIRST_WAIT_S
             if queue and queue[0] is report:
                 queue.popleft()
-        del self._waiting[key]
+        del self._waiting[key], self._last_word[key]
         if not self._waiting:
             self.idle.set()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edif_mesh.errors import StoreFullError
 
-MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 256 << 20
 
 
 class Spool:

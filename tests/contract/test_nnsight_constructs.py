@@ -1,0 +1,264 @@
+"""Unmodified nnsight 0.8 through the mesh: every construct gives what it gives locally, on three architectures."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import httpx
+import nnsight
+from nnsight import CONFIG, TransformersModel
+from nnsight.intervention.backends.remote import AsyncRemoteBackend, RemoteBackend, RemoteError
+from nnsight.modeling import huggingface
+
+from edif_mesh.models import DEMO_MODEL, fetch_demo
+from tests.contract.constructs import CONSTRUCTS, PROMPT, blocks, hidden_of
+from tests.mesh import RunningMesh, environment, running_mesh
+from tests.models import cache, gpt2_shape, tiny_gpt2
+
+MODELS = ("tiny", "gpt2", "smollm2")
+
+
+@pytest.fixture(scope="module")
+def ids() -> dict[str, str]:
+    offline = os.environ.pop("HF_HUB_OFFLINE", None)
+    fetch_demo(cache())
+    os.environ["HF_HUB_OFFLINE"] = offline or "1"
+    return {"tiny": tiny_gpt2(), "gpt2": gpt2_shape(), "smollm2": DEMO_MODEL}
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory, ids: dict[str, str]) -> Iterator[RunningMesh]:
+    with running_mesh(tmp_path_factory.mktemp("mesh"), *ids.values(), sites=1) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def models(ids: dict[str, str]) -> Callable[[str], Any]:
+    loaded: dict[str, Any] = {}
+
+    def load(name: str) -> Any:
+        if name not in loaded:
+            repo_id = ids[name]
+            huggingface._ID_CACHE[repo_id] = repo_id
+            folder = next((cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots").iterdir())
+            # By its folder, since the process may have looked at another cache before; by its id for the mesh.
+            loaded[name] = TransformersModel(str(folder), task="text-generation", dispatch=True)
+            loaded[name].repo_id = repo_id
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def client_settings(mesh: RunningMesh) -> Iterator[None]:
+    before = CONFIG.API.HOST, CONFIG.APP.REMOTE_LOGGING, CONFIG.API.COMPRESS
+    CONFIG.API.HOST, CONFIG.APP.REMOTE_LOGGING = mesh.gateway_url, False
+    torch.set_num_threads(1)
+    yield
+    CONFIG.API.HOST, CONFIG.APP.REMOTE_LOGGING, CONFIG.API.COMPRESS = before
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, in value and in kind."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    if hasattr(one, "key_cache") or type(one).__name__.endswith("Cache"):
+        return type(one) is type(other) and all(
+            torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+            for a, b in zip(one.layers, other.layers, strict=True)
+        )
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("construct", CONSTRUCTS, ids=lambda construct: construct.__name__)
+def test_a_construct_gives_what_it_gives_locally(construct: Any, model: str, models: Callable[[str], Any]) -> None:
+    expected = construct(models(model), False)
+    assert expected
+    got = construct(models(model), True)
+    assert list(got) == list(expected)
+    for name in expected:
+        assert same(expected[name], got[name]), name
+
+
+def test_without_compression_too(models: Callable[[str], Any]) -> None:
+    CONFIG.API.COMPRESS = not CONFIG.API.COMPRESS
+    model = models("tiny")
+    for construct in CONSTRUCTS[:4]:
+        assert same(construct(model, False), construct(model, True))
+
+
+def test_polling_without_waiting(models: Callable[[str], Any]) -> None:
+    model = models("tiny")
+    with model.trace(PROMPT, remote=True, blocking=False) as tracer:
+        logits = model.lm_head.output.save()
+    backend = tracer.backend
+    assert backend.job_id is not None
+    result = None
+    for _ in range(600):
+        if (result := backend.poll()) is not None:
+            break
+    assert result is not None
+    with model.trace(PROMPT):
+        expected = model.lm_head.output.save()
+    assert torch.equal(result["logits"], expected)
+
+
+def test_awaited(models: Callable[[str], Any]) -> None:
+    model = models("tiny")
+    backend = AsyncRemoteBackend(model.to_model_key())
+    with model.trace(PROMPT, backend=backend):
+        logits = model.lm_head.output.save()
+
+    async def wait() -> Any:
+        return await asyncio.wait_for(_resolve(backend), 60)
+
+    result = asyncio.run(wait())
+    with model.trace(PROMPT):
+        expected = model.lm_head.output.save()
+    assert torch.equal(result["logits"], expected)
+
+
+async def _resolve(backend: Any) -> Any:
+    return await backend
+
+
+def test_prints_arrive_and_the_cost_is_told(models: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = models("tiny"), []
+    original = RemoteBackend.note
+
+    def note(self: Any, response: Any) -> bool:
+        seen.append((response.status.value, response.description))
+        return original(self, response)
+
+    monkeypatch.setattr(RemoteBackend, "note", note)
+    with model.trace(PROMPT, remote=True) as tracer:
+        print("from inside", model.lm_head.output.shape)
+        logits = model.lm_head.output.save()
+    texts = [text for status, text in seen if status == "LOG"]
+    assert any("from inside torch.Size" in text for text in texts), seen
+    assert any(status == "DISPATCHED" or status == "RUNNING" for status, _ in seen)
+    meta = tracer.backend.meta
+    assert meta["site"] == "ansbach"
+    assert meta["attempt"] == 1
+    assert meta["runtime_s"] > 0
+    assert meta["memory_bytes"] >= 0
+
+
+def test_an_error_of_the_researcher_s_own_comes_back_with_file_and_line(models: Callable[[str], Any]) -> None:
+    model = models("tiny")
+    with pytest.raises(RemoteError) as raised, model.trace(PROMPT, remote=True):
+        hidden = model.lm_head.output
+        broken = hidden @ torch.zeros(3, 3)
+    text = str(raised.value)
+    assert "RuntimeError" in text
+    assert f'File "{__file__}"' in text
+    assert "broken = hidden @ torch.zeros(3, 3)" in text
+    assert "site_agent" not in text
+
+
+def test_several_clients_at_once(models: Callable[[str], Any], mesh: RunningMesh, tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(
+        "import sys, torch\nfrom nnsight import TransformersModel\nfrom nnsight.modeling import huggingface\n"
+        "huggingface._ID_CACHE[sys.argv[1]] = sys.argv[1]\n"
+        "model = TransformersModel(sys.argv[1], task='text-generation', dispatch=True)\n"
+        "for _ in range(5):\n"
+        "    with model.trace(sys.argv[2], remote=True):\n"
+        "        logits = model.lm_head.output.save()\n"
+        "    with model.trace(sys.argv[2]):\n"
+        "        expected = model.lm_head.output.save()\n"
+        "    assert torch.equal(logits, expected)\n"
+    )
+
+    def client(prompt: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), tiny_gpt2(), prompt]
+        settings = environment(NDIF_HOST=mesh.gateway_url)
+        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in pool.map(client, ("hello", "hello world", "The Eiffel Tower")):
+            assert done.returncode == 0, done.stderr[-800:]
+
+
+def test_the_small_questions_are_answered(
+    mesh: RunningMesh, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = nnsight.ndif_status()
+    assert set(ids.values()) <= set(status.keys())
+    assert all(status[name]["state"] == "RUNNING" for name in ids.values())
+
+    class Hub:
+        def model_info(self, repo_id: str) -> Any:
+            return type("Info", (), {"id": repo_id})()
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert nnsight.is_model_running(ids["gpt2"])
+    assert not nnsight.is_model_running("nobody/nothing")
+    with httpx.Client(base_url=mesh.gateway_url) as http:
+        assert http.get("/ping").json() == "pong"
+        assert http.get("/connected").json() == {"status": "connected"}
+        assert "@" in http.get("/whoami").json()["email"]
+        assert http.get("/env").json()["packages"]["nnsight"] == "0.8.1"
+
+
+def test_a_peft_adapter_of_the_request(models: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    folder = next((cache() / f"models--{tiny_gpt2().replace('/', '--')}" / "snapshots").iterdir())
+    adapter = _adapter(peft, AutoModelForCausalLM, folder)
+    model = TransformersModel(str(folder), task="text-generation", dispatch=True, peft=str(adapter))
+    model.repo_id = tiny_gpt2()
+    with model.trace(PROMPT):
+        expected = model.lm_head.output.save()
+    with model.trace(PROMPT, remote=True):
+        got = model.lm_head.output.save()
+    assert torch.equal(got, expected)
+    plain = models("tiny")
+    with plain.trace(PROMPT, remote=True):
+        without = plain.lm_head.output.save()
+    assert not torch.equal(without, expected), "the adapter changes nothing: the test would not notice its absence"
+
+
+def _adapter(peft: Any, auto: Any, folder: Path) -> Path:
+    """A LoRA adapter with seeded random weights, in the cache, where the site may read it."""
+    target = cache() / "edif-test-lora"
+    if not (target / "adapter_config.json").exists():
+        torch.manual_seed(5)
+        base = auto.from_pretrained(folder)
+        lora = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
+        lora.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize("construct", CONSTRUCTS[:3], ids=lambda construct: construct.__name__)
+def test_the_python_client_does_the_same_without_a_gateway(
+    construct: Any, models: Callable[[str], Any], mesh: RunningMesh
+) -> None:
+    model = models("tiny")
+    layers = blocks(model)
+    with mesh.client() as client, model.trace(PROMPT, backend=client.backend(model)):
+        first = hidden_of(layers[0].output).save()
+        logits = model.lm_head.output.save()
+    with model.trace(PROMPT):
+        expected_first = hidden_of(layers[0].output).save()
+        expected = model.lm_head.output.save()
+    assert torch.equal(first, expected_first)
+    assert torch.equal(logits, expected)

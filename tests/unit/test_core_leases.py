@@ -252,3 +252,30 @@ def test_a_site_that_reports_a_grant_back_does_not_free_the_job_for_a_second_att
     job = desk.orders()
     desk.reports(job, AttemptStatus.GRANTED)
     assert (desk.job(job).status, desk.job(job).attempt) == (JobStatus.PLACED, 1)
+
+
+def test_a_report_that_was_overtaken_by_a_newer_one_is_not_applied() -> None:
+    desk, job = running_at_a(B)
+    desk.reports(job, AttemptStatus.RUNNING, sequence=7)
+    desk.reports(job, AttemptStatus.FAILED, sequence=6)
+    assert (desk.job(job).status, desk.job(job).attempt) == (JobStatus.RUNNING, 1)
+
+
+def test_an_answer_to_a_repeated_grant_starts_the_count_of_missing_adverts_anew() -> None:
+    desk = Desk()
+    desk.advert(A)
+    job = desk.orders()
+    desk.passes(2000)
+    desk.accepts(job)
+    desk.now_ms += 5000
+    desk.advert(A)
+    assert desk.job(job).attempt == 1, "one advert without it may be an old one"
+
+
+def test_a_late_advert_of_the_old_agent_does_not_end_what_the_new_one_has_taken() -> None:
+    desk = Desk()
+    desk.advert(A)
+    job = desk.orders()
+    desk.accepts(job, boot="the new agent, whose first advert is still on its way")
+    desk.advert(A)
+    assert desk.job(job).attempt == 1

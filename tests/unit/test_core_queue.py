@@ -276,3 +276,29 @@ def test_a_term_starts_with_grants_of_its_own_epoch() -> None:
     desk.happens(ev.TermStarted(Epoch(7)))
     desk.advert(B)
     assert desk.attempt(job).epoch == 7
+
+
+def test_several_slots_that_come_free_together_are_shared_between_owners() -> None:
+    desk = Desk()
+    desk.advert(A, slots=0)
+    for number in range(1, 9):
+        desk.now_ms += 1
+        desk.orders(number, owner=ALICE)
+    for number in range(11, 19):
+        desk.now_ms += 1
+        desk.orders(number, owner=BOB)
+    desk.advert(A, slots=4)
+    placed = [job.owner for job in desk.state.jobs.values() if job.status is JobStatus.PLACED]
+    assert (placed.count(ALICE), placed.count(BOB)) == (2, 2)
+
+
+def test_a_newcomer_brings_no_claim_from_the_time_before_it_came() -> None:
+    desk, current = a_queue()
+    for number in range(1, 60):
+        desk.now_ms += 1
+        desk.orders(number)
+    current = order_of_service(desk, current, 20)[-1]
+    for number in range(100, 140):
+        desk.orders(number, owner=BOB)
+    served = order_of_service(desk, current, 10)
+    assert 4 <= sum(desk.job(job).owner == BOB for job in served) <= 6

@@ -34,10 +34,10 @@ def _job(job: JobRecord, before: MeshState) -> Iterator[str]:
         return
     if old.terminal and job.status is not old.status:
         yield f"{job.job} was {old.status} for ever and is {job.status}"
-    if job.status is not old.status and job.status not in JOB_TRANSITIONS[old.status]:
-        # Several steps in one decision are fine when each was allowed: QUEUED again and PLACED again.
-        if old.terminal or job.status not in {s for m in JOB_TRANSITIONS[old.status] for s in JOB_TRANSITIONS[m] | {m}}:
-            yield f"{job.job} went from {old.status} to {job.status}"
+    # Several steps in one decision are fine when each was allowed: QUEUED again and PLACED again.
+    reachable = {s for m in JOB_TRANSITIONS[old.status] for s in JOB_TRANSITIONS[m] | {m}}
+    if job.status is not old.status and job.status not in reachable:
+        yield f"{job.job} went from {old.status} to {job.status}"
     if job.version <= old.version:
         yield f"{job.job} changed without a new version"
     if old.manifest is not None and job.manifest != old.manifest:

@@ -224,6 +224,7 @@ def test_a_peft_adapter_of_the_request(models: Callable[[str], Any]) -> None:
     adapter = _adapter()
     model = TransformersModel(str(_snapshot(tiny_gpt2())), task="text-generation", dispatch=True, peft=str(adapter))
     model.repo_id, model.peft = tiny_gpt2(), ADAPTER
+    huggingface._ID_CACHE[model.repo_id] = model.repo_id
     with model.trace(PROMPT):
         expected = model.lm_head.output.save()
     with model.trace(PROMPT, remote=True):

@@ -486,6 +486,3 @@ def run(seed: int, steps: int) -> World:
     world.run(steps)
     world.heal_and_finish()
     return world
-
-
-

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.core.decision import Decision
-from coordinator.core.state import AttemptChanged, AttemptRecord, Audited, JobChanged, JobRecord, MeshState, TermChanged
+from coordinator.core.state import (
+    AttemptChanged,
+    AttemptKey,
+    AttemptRecord,
+    Audited,
+    JobChanged,
+    JobRecord,
+    MeshState,
+    TermChanged,
+)
 from edif_mesh.domain.attempt import ATTEMPT_TRANSITIONS
-from edif_mesh.domain.ids import AttemptNumber
+from edif_mesh.domain.ids import AttemptNumber, JobId
 from edif_mesh.domain.job import JOB_TRANSITIONS, JobStatus
 
 
@@ -51,8 +60,8 @@ def _job(job: JobRecord, before: MeshState) -> Iterator[str]:
 def _attempt(
     attempt: AttemptRecord,
     before: MeshState,
-    now: dict[tuple[str, AttemptNumber], AttemptRecord],
-    jobs: dict[str, JobRecord],
+    now: dict[AttemptKey, AttemptRecord],
+    jobs: dict[JobId, JobRecord],
 ) -> Iterator[str]:
     key = (attempt.job, attempt.attempt)
     old = before.attempts.get(key)
@@ -73,7 +82,7 @@ def _attempt(
         yield f"attempt {key} has the unknown state {attempt.status}"
 
 
-def _room(before: MeshState, attempts: dict[tuple[str, AttemptNumber], AttemptRecord]) -> Iterator[str]:
+def _room(before: MeshState, attempts: dict[AttemptKey, AttemptRecord]) -> Iterator[str]:
     """Grants never exceed the slots that a site has advertised."""
     for site in {a.site for k, a in attempts.items() if k not in before.attempts}:
         active = {k for k in before.active_at.get(site, ()) if attempts.get(k, before.attempts[k]).active}

@@ -160,6 +160,9 @@ def load_config(cls: type[C], path: Path) -> C:
     """
     try:
         data = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        hint = " Start a local mesh with `edif up`, or set EDIF_HOME to the folder that holds yours."
+        raise ConfigError(f"There is no settings file {path}.{hint if cls is ClientConfig else ''}") from error
     except OSError as error:
         raise ConfigError(f"The settings file {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -237,3 +237,14 @@ class SandboxError(SiteError):
     """The sandbox could not be set up; nothing was run."""
 
     code = "sandbox"
+
+
+def error_of(code: str, text: str) -> EdifError:
+    """Return the error that another process of ours has reported as its code and its sentence."""
+    kinds: list[type[EdifError]] = [EdifError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    kind = next((kind for kind in kinds if kind.code == code and kind is not UnsupportedValueError), EdifError)
+    error = kind(text)
+    error.code = code
+    return error

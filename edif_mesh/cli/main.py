@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -203,11 +204,15 @@ def demo(
 
 def _run(command: Any, **options: Any) -> None:
     """Run a command; an error of ours is one sentence and its exit code, Ctrl-C is 130."""
+    import logging
+
     from edif_mesh.cli.exit_codes import FAILED, exit_code
     from edif_mesh.errors import EdifError, UserCodeError
 
+    logging.getLogger().addHandler(logging.NullHandler())  # what a person should know reaches them as a sentence
     try:
         code = command(**options)
+        sys.stdout.flush()
     except EdifError as error:
         from edif_mesh.cli.render import as_json, complain
 
@@ -221,6 +226,15 @@ def _run(command: Any, **options: Any) -> None:
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere, silently
+        raise typer.Exit(FAILED) from None
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        from edif_mesh.cli.render import as_json, complain
+
+        text = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        as_json({"error": {"code": "system", "text": text}}) if options.get("json") else complain(text)
         raise typer.Exit(FAILED) from None
     raise typer.Exit(int(code or 0))
 

@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import httpx
 
 from edif_mesh.config import ClientConfig, home, load_config
-from edif_mesh.errors import ConfigError, NotFoundError
+from edif_mesh.errors import ConfigError, NotFoundError, error_of
+from edif_mesh.identity.keys import PrivateKey
+from edif_mesh.transport.embedded import die_with_parent, free_port
 
 
 def run_script(*, script: Path, arguments: tuple[str, ...], wait: bool) -> int:
@@ -21,36 +26,40 @@ def run_script(*, script: Path, arguments: tuple[str, ...], wait: bool) -> int:
     path = home() / "client.toml"
     config = load_config(ClientConfig, path)
     url = f"http://{config.gateway_host}:{config.gateway_port}"
-    gateway = None if _answers(url) else _start_gateway(path)
-    if gateway is not None:
-        url = gateway[1]
-    environment = {**os.environ, "NDIF_HOST": url, "EDIF_WAIT": "1" if wait else "0"}
-    try:
+    with nullcontext(url) if _serves(url, config) else _own_gateway(path) as url:
+        environment = {**os.environ, "NDIF_HOST": url, "EDIF_WAIT": "1" if wait else "0"}
         command = [sys.executable, "-m", "edif_mesh.cli.script", str(script), *arguments]
-        return subprocess.run(command, env=environment, check=False).returncode
-    finally:
-        if gateway is not None:
-            gateway[0].terminate()
-            gateway[0].wait()
+        code = subprocess.run(command, env=environment, check=False).returncode
+    return code if code >= 0 else 128 - code
 
 
-def _answers(url: str) -> bool:
+def _serves(url: str, config: ClientConfig) -> bool:
+    """Whether a gateway with our own key answers there: another one would sign in another name, for another mesh."""
     try:
-        return httpx.get(f"{url}/ping", timeout=2).status_code == 200
-    except httpx.HTTPError:
+        answer = httpx.get(f"{url}/whoami", timeout=2)
+        return answer.status_code == 200 and answer.json().get("key") == PrivateKey.load(config.key_file).id
+    except (httpx.HTTPError, ValueError, AttributeError):
         return False
 
 
-def _start_gateway(config: Path) -> tuple[subprocess.Popen[str], str]:
-    """Start a personal gateway on a port of its own for as long as the script runs."""
-    from edif_mesh.transport.embedded import free_port
-
+@contextmanager
+def _own_gateway(config: Path) -> Iterator[str]:
+    """Run a personal gateway on a port of its own for as long as the script runs; yields its URL."""
     command = [sys.executable, "-m", "edif_mesh.gateway", "--config", str(config), "--port", str(free_port())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        assert process.stderr is not None
-        last = (process.stderr.read().strip().splitlines() or ["no reason given"])[-1]
-        raise ConfigError(f"No gateway could be started: {last}")
-    return process, str(json.loads(line)["url"])
+    with tempfile.TemporaryFile("w+") as log:  # not a pipe: nobody reads it while the script runs
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=die_with_parent
+        )
+        try:
+            assert process.stdout is not None
+            said = json.loads(process.stdout.readline() or "{}")
+            if "url" not in said:
+                process.wait()
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["no reason given"])[-1]
+                error = said.get("error") or {"code": ConfigError.code, "text": f"No gateway could be started: {last}"}
+                raise error_of(error["code"], error["text"])
+            yield str(said["url"])
+        finally:
+            process.terminate()
+            process.wait()

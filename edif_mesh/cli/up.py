@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json as json_module
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 from edif_mesh.cli.exit_codes import FAILED, OK
 from edif_mesh.cli.render import as_json, complain, say
 from edif_mesh.config import home as default_home
-from edif_mesh.errors import ConfigError, EdifError, NotFoundError
+from edif_mesh.errors import ConfigError, EdifError, NotFoundError, error_of
 from edif_mesh.local.federation import LocalFederation, LocalSettings, prepare
 from edif_mesh.local.supervisor import Supervisor, last_words, lock_home, running_mesh, stop_running
 from edif_mesh.models import DEMO_MODEL, ResolvedModel, resolve_model
@@ -38,8 +36,9 @@ def run_up(
     settings = LocalSettings(home, sites, _resolve(models), port, monitor_port, slots)
     if detach:
         return _detach(settings, models, json)
-    lock = lock_home(home)  # before anything is written: the settings there may be those of a mesh that runs
-    return asyncio.run(_serve(prepare(settings), lock, json))
+    with lock_home(home):  # before anything is written there: another mesh may run on it
+        (home / "mesh.json").unlink(missing_ok=True)
+        return asyncio.run(_serve(prepare(settings), json))
 
 
 def run_down(*, state: Path | None, json: bool) -> int:
@@ -66,8 +65,8 @@ def _resolve(models: tuple[str, ...]) -> tuple[ResolvedModel, ...]:
     return tuple(result)
 
 
-async def _serve(federation: LocalFederation, lock: IO[str], json: bool) -> int:
-    supervisor = Supervisor(federation, lambda text: complain(text) if json else say(text), lock)
+async def _serve(federation: LocalFederation, json: bool) -> int:
+    supervisor = Supervisor(federation, complain if json else say)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -110,64 +109,31 @@ def _detach(settings: LocalSettings, models: tuple[str, ...], json: bool) -> int
     lock_home(home).close()
     (home / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
     log = home / "logs" / "up.log"
-    command = [
-        sys.executable,
-        "-m",
-        "edif_mesh.cli",
-        "up",
-        "--json",
-        "--state",
-        str(home),
-        "--sites",
-        str(settings.sites),
-    ]
-    command += [
-        "--port",
-        str(settings.gateway_port),
-        "--monitor-port",
-        str(settings.monitor_port),
-        "--slots",
-        str(settings.slots),
-    ]
+    command = [sys.executable, "-m", "edif_mesh.cli", "up", "--json", "--state", str(home)]
+    command += ["--sites", str(settings.sites), "--slots", str(settings.slots)]
+    command += ["--port", str(settings.gateway_port), "--monitor-port", str(settings.monitor_port)]
     command += [part for name in models for part in ("--model", name)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
-    while process.poll() is None:
-        with contextlib.suppress(EdifError):
-            mesh = running_mesh(home)
-            if mesh.get("ready") and mesh.get("supervisor") == process.pid:
-                _announce(mesh, json)
-                return OK
-        time.sleep(0.05)
-    text = _error_text(log.read_text(errors="replace"))
-    raise ConfigError(text or f"The mesh could not be started. {last_words(log)}")
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(EdifError):
+                mesh = running_mesh(home)
+                if mesh.get("ready") and mesh.get("supervisor") == process.pid:
+                    _announce(mesh, json)
+                    return OK
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    raise _why_not(log)
 
 
-def _error_text(output: str) -> str:
+def _why_not(log: Path) -> EdifError:
+    """Return the error that the detached process wrote as its last document, or its last words."""
+    output = log.read_text(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json_module.loads(output[output.index("{") :])["error"]["text"])
-    return ""
-
-
-def is_running(home: Path) -> bool:
-    """Return whether a mesh runs on `home`."""
-    try:
-        running_mesh(home)
-    except EdifError:
-        return False
-    return True
-
-
-def process_ids(home: Path) -> dict[str, int]:
-    """Return the process ids of the mesh that runs on `home`, by name."""
-    found = running_mesh(home)["processes"]
-    assert isinstance(found, dict)
-    return {str(name): int(pid) for name, pid in found.items() if _alive(int(pid))}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
+        document, _ = json_module.JSONDecoder().raw_decode(output, output.rindex('{\n  "error"'))
+        return error_of(document["error"]["code"], document["error"]["text"])
+    return ConfigError(f"The mesh could not be started. {last_words(log)}")

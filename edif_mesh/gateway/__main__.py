@@ -36,6 +36,7 @@ def main() -> None:
         )
         serve(config)
     except EdifError as error:
+        print(json.dumps({"error": {"code": error.code, "text": str(error)}}), flush=True)
         sys.exit(str(error))
 
 

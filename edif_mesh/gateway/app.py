@@ -178,7 +178,7 @@ def _installed() -> dict[str, str]:
 async def _whoami(request: Request) -> dict[str, Any]:
     mesh: Mesh = request.app.state.mesh
     own = [i for i in mesh.trust.identities() if i.key == mesh.key.id]
-    return {"email": own[0].name if own else mesh.key.id, "tags": []}
+    return {"email": own[0].name if own else mesh.key.id, "tags": [], "key": mesh.key.id}
 
 
 async def _ping() -> PlainTextResponse:

@@ -14,10 +14,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from edif_mesh.client.mesh import Mesh
 from edif_mesh.domain.site import ModelState
@@ -49,9 +49,8 @@ class Child:
 class Supervisor:
     """Runs one prepared federation: `start`, then `wait`, then `stop`."""
 
-    def __init__(self, federation: LocalFederation, say: Say, lock: IO[str]) -> None:
-        """`lock` is the locked file of `lock_home`; it is held until `stop`."""
-        self.federation, self._say, self._lock = federation, say, lock
+    def __init__(self, federation: LocalFederation, say: Say) -> None:
+        self.federation, self._say = federation, say
         passwords = federation.passwords
         self._broker = EmbeddedServer(
             EmbeddedSettings(
@@ -86,16 +85,20 @@ class Supervisor:
         self._stopping = self._ready = False
         self._keepers: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._began_ms = int(time.time() * 1000)
 
     async def start(self) -> None:
-        """Start everything and wait until all is ready. Raises ConfigError and others, a sentence each."""
+        """Start everything and wait until all is ready. Raises ConfigError and others, a sentence each.
+
+        The caller holds the state folder's lock (`lock_home`).
+        """
         settings = self.federation.settings
         check_port("127.0.0.1", settings.gateway_port)
         check_port("127.0.0.1", settings.monitor_port)
         await self._broker.start()
-        self._keepers.append(asyncio.create_task(self._keep_broker()))
+        self._spawn(self._keep_broker())
         for child in self.children:
-            self._keepers.append(asyncio.create_task(self._keep(child)))
+            self._spawn(self._keep(child))
             if child.name == "coordinator":
                 await self._until_ready(child)
         for child in self.children:
@@ -119,8 +122,10 @@ class Supervisor:
         await asyncio.gather(*(self._end(child) for child in self.children))
         for keeper in self._keepers:
             keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(self._end(child) for child in self.children))  # one was being started again just now
         await self._broker.stop()
-        self._lock.close()
+        (self.federation.home / "mesh.json").unlink(missing_ok=True)
 
     async def _until_ready(self, child: Child) -> None:
         waiting = asyncio.ensure_future(child.ready.wait())
@@ -134,13 +139,15 @@ class Supervisor:
 
     async def _until_loaded(self) -> None:
         """Wait until no site is loading a model any more; say which could not be loaded."""
+        ours = set(self.federation.sites)
         async with await Mesh.connect(self.federation.client_toml, name="up") as mesh:
             while True:
                 with contextlib.suppress(NoReplyError):
+                    # Sites of an earlier start may be on record still: only what ours have said since counts.
                     view = await mesh.view()
-                    offers = [(site.site, offer) for site in view.sites for offer in site.models]
-                    known = len(view.sites) >= len(self.federation.sites)
-                    if known and not any(offer.state is ModelState.LOADING for _, offer in offers):
+                    sites = [s for s in view.sites if s.site in ours and s.seen_at_ms >= self._began_ms]
+                    offers = [(site.site, offer) for site in sites for offer in site.models]
+                    if len(sites) == len(ours) and not any(offer.state is ModelState.LOADING for _, offer in offers):
                         break
                 await asyncio.wait({self._failed}, timeout=0.2)
                 if self._failed.done():
@@ -175,9 +182,12 @@ class Supervisor:
                 preexec_fn=die_with_parent,
                 start_new_session=True,
             )
+        if self._ending():
+            child.process.terminate()
+            return await child.process.wait()
         self._write_mesh()
         assert child.process.stdout is not None
-        async for line in child.process.stdout:
+        while line := await _line_of(child.process.stdout):
             if line.startswith(b'{"ready": true'):
                 if child.ready.is_set():
                     self._say(f"{child.name} is back")
@@ -185,23 +195,25 @@ class Supervisor:
         return await child.process.wait()
 
     async def _keep_broker(self) -> None:
-        tries = 0
+        """Start the broker again at once when it has run for a while, else with back-off."""
+        tries, began = 0, time.monotonic()
         while not self._ending():
             process = self._broker.process
-            if process is not None:
+            if process is not None and process.returncode is None:
                 code = await process.wait()
                 if self._ending():
                     return
                 self._say(f"nats-server ended ({_how(code)}); starting it again")
+                tries = 0 if time.monotonic() - began > _STEADY_S else tries
+            if tries:
+                await asyncio.sleep(_BACKOFF_S[min(tries, len(_BACKOFF_S)) - 1])
+            tries, began = tries + 1, time.monotonic()
             try:
                 await self._broker.start()
-                tries = 0
                 self._write_mesh()
                 self._say("nats-server is back")
             except EdifError as error:
-                tries += 1
                 self._say(f"nats-server could not be started: {error}")
-                await asyncio.sleep(_BACKOFF_S[min(tries, len(_BACKOFF_S) - 1)])
 
     async def _end(self, child: Child) -> None:
         process = child.process
@@ -217,6 +229,17 @@ class Supervisor:
     def _ending(self) -> bool:
         return self._stopping
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a keeper; should it ever fail itself, the mesh ends and says so, instead of going on unwatched."""
+        keeper = asyncio.create_task(work)
+        self._keepers.append(keeper)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._fail(f"The supervisor itself failed: {error!r}")
+
+        keeper.add_done_callback(ended)
+
     def _fail(self, why: str) -> None:
         if not self._failed.done():
             self._failed.set_result(why)
@@ -229,6 +252,7 @@ class Supervisor:
         value = {
             "ready": self._ready,
             "supervisor": os.getpid(),
+            "supervisor_birth": _birth(os.getpid()),
             "gateway": f"http://127.0.0.1:{settings.gateway_port}",
             "monitor": f"http://127.0.0.1:{settings.monitor_port}",
             "broker": self._broker.url,
@@ -242,9 +266,12 @@ class Supervisor:
 
 
 def lock_home(home: Path) -> IO[str]:
-    """Take the state folder for this process; raises ConfigError when another supervisor has it."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = open(home / "lock", "a+")  # noqa: SIM115
+    """Take the state folder until the file is closed; raises ConfigError when another supervisor has it."""
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = open(home / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"The state folder {home} cannot be written: {error.strerror or error}.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -259,20 +286,27 @@ def running_mesh(home: Path) -> dict[str, object]:
     """Return what `mesh.json` says of the mesh that runs on `home`; raises NotFoundError when none runs."""
     try:
         value: dict[str, object] = json.loads((home / "mesh.json").read_text())
-        os.kill(int(str(value["supervisor"])), 0)
-    except (OSError, ValueError, KeyError) as error:
-        raise NotFoundError(f"No local mesh runs on {home}. Type: edif up") from error
+        alive = _birth(int(str(value["supervisor"]))) == value["supervisor_birth"]
+    except (OSError, ValueError, KeyError, TypeError):
+        alive = False
+    if not alive:
+        raise NotFoundError(f"No local mesh runs on {home}. Type: edif up")
     return value
 
 
 def stop_running(home: Path, timeout_s: float = 40.0) -> None:
     """Ask the supervisor on `home` to end and wait until it has; raises NotFoundError, ConfigError."""
-    pid = int(str(running_mesh(home)["supervisor"]))
-    os.kill(pid, signal.SIGTERM)
+    mesh = running_mesh(home)
+    pid = int(str(mesh["supervisor"]))
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    except PermissionError as error:
+        raise ConfigError(f"The mesh on {home} (process {pid}) belongs to another user.") from error
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        with contextlib.suppress(ConfigError):
-            lock_home(home).close()
+        if _birth(pid) != mesh["supervisor_birth"]:
             return
         time.sleep(0.05)
     raise ConfigError(f"The mesh on {home} (process {pid}) did not end within {timeout_s:.0f} s.")
@@ -285,6 +319,24 @@ def last_words(log: Path) -> str:
     except OSError:
         return ""
     return f"Its last words: {lines[-1][-400:]} (all of it: {log})" if lines else f"Its log is empty: {log}"
+
+
+def _birth(pid: int) -> str:
+    """Return when a process started (clock ticks after boot, which tells it from a later one of the same id); "" if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+async def _line_of(stream: asyncio.StreamReader) -> bytes:
+    """Return the next line; one that is too long to be ours is dropped."""
+    while True:
+        try:
+            return await stream.readline()
+        except ValueError:
+            continue
 
 
 def _how(code: int) -> str:

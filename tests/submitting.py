@@ -1,0 +1,37 @@
+"""Payloads for tests of what happens around a job: made by nnsight from a real traced block, in this process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from edif_mesh.client.backend import capture
+from edif_mesh.client.mesh import JobSpec
+from tests.models import cache
+
+
+def payload_that_beats(repo_id: str, beats: int) -> tuple[bytes, JobSpec]:
+    """A job that prints once a beat, a tenth of a second each, and saves the logits."""
+    model = load(repo_id)
+    captured: list[tuple[bytes, JobSpec]] = []
+    with model.trace("hello world", backend=lambda tracer: captured.append(capture(tracer, model))):
+        import time
+
+        logits = model.lm_head.output.save()  # noqa: F841 - its name is the result's
+        for beat in range(beats):
+            print("beat", beat)
+            time.sleep(0.1)
+    return captured[0]
+
+
+def load(repo_id: str) -> Any:
+    """A test model by its folder, since this process may have looked at another cache before; by its id for the mesh."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from nnsight import TransformersModel
+    from nnsight.modeling import huggingface
+
+    folder = next((cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots").iterdir())
+    model = TransformersModel(str(folder), task="text-generation", dispatch=True)
+    model.repo_id = repo_id
+    huggingface._ID_CACHE[repo_id] = repo_id
+    return model

@@ -17,7 +17,7 @@ def payload_that_beats(repo_id: str, beats: int) -> tuple[bytes, JobSpec]:
     with model.trace("hello world", backend=lambda tracer: captured.append(capture(tracer, model))):
         import time
 
-        logits = model.lm_head.output.save()  # noqa: F841 - its name is the result's
+        logits = model.lm_head.output.save()
         for beat in range(beats):
             print("beat", beat)
             time.sleep(0.1)

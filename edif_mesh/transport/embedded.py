@@ -149,7 +149,7 @@ def find_binary() -> Path:
 def write_config(settings: EmbeddedSettings) -> Path:
     """Write `nats.conf` (mode 600, it holds passwords) into the store's folder and return its path."""
     try:
-        settings.store_dir.mkdir(parents=True, exist_ok=True)
+        settings.store_dir.mkdir(parents=True, exist_ok=True, mode=0o700)  # payloads and results lie in it
         if shutil.disk_usage(settings.store_dir).free < MIN_FREE_BYTES:
             raise StoreFullError(
                 f"The disk under {settings.store_dir} has less than {MIN_FREE_BYTES >> 20} MiB free. Free some space, or choose "
@@ -157,6 +157,7 @@ def write_config(settings: EmbeddedSettings) -> Path:
             )
         path = settings.store_dir / "nats.conf"
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            os.fchmod(file.fileno(), 0o600)
             file.write(_config_text(settings))
     except OSError as error:
         if error.errno == errno.ENOSPC:

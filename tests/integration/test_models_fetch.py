@@ -245,7 +245,9 @@ def a_hub(folder: Path) -> Iterator[str]:
         def _answer(self) -> None:
             name = self.path.partition("?")[0].rpartition("/")[2]
             if "/tree/" in self.path:
-                kinds = [{"type": "file", "oid": "0" * 40, "path": n, "size": (folder / n).stat().st_size} for n in names]
+                kinds = [
+                    {"type": "file", "oid": "0" * 40, "path": n, "size": (folder / n).stat().st_size} for n in names
+                ]
                 data = json.dumps(kinds).encode()
             elif self.path.startswith("/api/models/"):
                 siblings = [{"rfilename": name} for name in names]

@@ -35,9 +35,7 @@ def grant_undelivered(draft: Draft, event: GrantUndelivered) -> None:
     attempt = draft.attempt((event.job, event.attempt))
     if attempt is None or attempt.status is not AttemptStatus.GRANTED or attempt.answered or attempt.missing:
         return
-    site = draft.site(event.site)
-    if site is not None and site.status is SiteStatus.ACTIVE:  # no more work until it speaks again
-        draft.change_site(replace(site, status=SiteStatus.SUSPECT))
+    _no_more_work(draft, event.site)
     lose(draft, attempt, Failure("unreachable", f"{attempt.site} could not be reached."))
 
 
@@ -235,6 +233,8 @@ def _ended(
         _trouble(draft, site, +1)
         again(draft, job, site, said, counts=True)
     elif status in (AttemptStatus.DECLINED, AttemptStatus.RELEASED):
+        if status is AttemptStatus.RELEASED and failure is None:  # it is draining; its advert may come after this word
+            _no_more_work(draft, site)
         again(draft, job, site, said, counts=False)
     else:
         again(draft, job, site, said, counts=True)
@@ -258,6 +258,13 @@ def _manifest_fits(job: JobRecord, attempt: AttemptRecord, report: Report, manif
         and (manifest.job, manifest.attempt, manifest.site) == (job.job, attempt.attempt, attempt.site)
         and manifest.order_digest == job.order_digest
     )
+
+
+def _no_more_work(draft: Draft, site: SiteId) -> None:
+    """Until it speaks again."""
+    record = draft.site(site)
+    if record is not None and record.status is SiteStatus.ACTIVE:
+        draft.change_site(replace(record, status=SiteStatus.SUSPECT))
 
 
 def _trouble(draft: Draft, site: SiteId, step: int) -> None:

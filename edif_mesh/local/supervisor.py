@@ -26,7 +26,7 @@ from edif_mesh.local.federation import LocalFederation
 from edif_mesh.transport.embedded import EmbeddedServer, EmbeddedSettings, check_port, die_with_parent
 
 READY_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 12.0
+STOP_TIMEOUT_S = 16.0
 _BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _STEADY_S = 60.0
 
@@ -112,13 +112,10 @@ class Supervisor:
         return await asyncio.shield(self._failed)
 
     async def stop(self) -> None:
-        """End every child: gateway and sites first, the broker last."""
+        """End every child: gateway and sites, whose last words the coordinator still hears, then it, the broker last."""
         self._stopping = True
         (self.federation.home / "mesh.json").unlink(missing_ok=True)
-        for child in reversed(self.children):
-            if child.process is not None and child.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.process.terminate()
+        await asyncio.gather(*(self._end(child) for child in self.children if child.name != "coordinator"))
         await asyncio.gather(*(self._end(child) for child in self.children))
         for keeper in self._keepers:
             keeper.cancel()
@@ -219,6 +216,8 @@ class Supervisor:
         process = child.process
         if process is None or process.returncode is not None:
             return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
         try:
             await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
         except TimeoutError:

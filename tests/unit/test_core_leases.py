@@ -279,3 +279,13 @@ def test_a_late_advert_of_the_old_agent_does_not_end_what_the_new_one_has_taken(
     desk.accepts(job, boot="the new agent, whose first advert is still on its way")
     desk.advert(A)
     assert desk.job(job).attempt == 1
+
+
+def test_a_site_that_hands_an_attempt_back_gets_no_other_before_it_has_spoken() -> None:
+    """It is being drained, and its word about the attempt may arrive before its advert that says so."""
+    desk, job = running_at_a(B)
+    waiting = [desk.orders(number) for number in range(2, 10)]
+    assert JobStatus.QUEUED in {desk.job(other).status for other in waiting}
+    assert grants(desk.reports(job, AttemptStatus.RELEASED, detail="The site is being drained.")) == []
+    assert desk.state.sites[SiteId(A)].status is SiteStatus.SUSPECT
+    assert (A, 1) in grants(desk.advert(A, attempts=()))

@@ -68,8 +68,16 @@ class Job:
     # -------------------------------------------------------------------------------------------------------- status
 
     async def status(self, *, explain: bool = False) -> JobSnapshot:
-        """Return the job's state now; with `explain`, why each site was or was not chosen. Raises NotFoundError."""
-        self._last = await self._ask(AskJob(self.id, now_ms(), explain))
+        """Return the job's state now; with `explain`, why each site was or was not chosen.
+
+        Raises NotFoundError, also while the order is still on its way; RefusedError when the coordinator refused it.
+        """
+        try:
+            self._last = await self._ask(AskJob(self.id, now_ms(), explain))
+        except NotFoundError:
+            if (failure := self._mesh.outbox.refusal(self.id)) is not None:
+                raise refused_by(failure) from None
+            raise
         return self._last
 
     async def start_watching(self) -> None:
@@ -111,7 +119,7 @@ class Job:
                 wait_s = _POLL_S
                 if isinstance(update, Refusal):
                     if seen[0] < 0:
-                        self._mesh.outbox.refused(self.id)
+                        await asyncio.to_thread(self._mesh.outbox.refused, self.id, update.failure)
                         raise refused_by(update.failure)
                     continue
                 if update is None or (update.epoch, update.version) <= seen:
@@ -301,15 +309,18 @@ class Job:
 
     async def _poll(self, silent: int) -> JobSnapshot | None:
         """Ask for news; sends the order again, ever more rarely, while the coordinator does not know it."""
+        waits = self._mesh.outbox.waits(self.id)  # before we ask: it may be recorded in the meantime
         try:
-            return await self._ask(AskJob(self.id, now_ms()))
+            return await self.status()
         except NotFoundError:
-            if not self._mesh.outbox.waits(self.id):
+            if not waits:
                 raise
             if silent & (silent - 1) == 0:
                 with contextlib.suppress(TransportError):
                     await self._mesh.resend(self.id)
         except EdifError as error:
+            if self._mesh.outbox.refusal(self.id) is not None:
+                raise
             log.info("no news of job", extra={"job": self.id, "error": str(error)})
         return None
 

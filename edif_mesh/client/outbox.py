@@ -1,18 +1,21 @@
 """The researcher's outbox: orders and payloads on disk until the coordinator has recorded them, then a small receipt.
 
 Files in `outbox_dir`: `JOB.order` (the envelope), `JOB.payload`; once recorded only `JOB.order` stays, because its digest
-proves later which result is ours. All writes are atomic and synced.
+proves later which result is ours; of a refused order only `JOB.refused` stays, with the reason. All writes are atomic and
+synced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import time
 from pathlib import Path
 
 from edif_mesh.domain.ids import JobId, is_job_id
+from edif_mesh.domain.job import Failure
 from edif_mesh.errors import StoreFullError
 
 _KEEP_ORDERS = 10_000
@@ -43,8 +46,21 @@ class Outbox:
         """The coordinator has it: the payload may go."""
         (self.folder / f"{job}.payload").unlink(missing_ok=True)
 
-    def refused(self, job: JobId) -> None:
-        """The coordinator refused it: nothing is kept."""
+    def refused(self, job: JobId, failure: Failure) -> None:
+        """The coordinator refused it: only the reason is kept. It is there before the payload goes."""
+        self._write(self.folder / f"{job}.refused", json.dumps([failure.code, failure.text]).encode())
+        self.withdrawn(job)
+
+    def refusal(self, job: JobId) -> Failure | None:
+        """Return why the coordinator refused an order that was signed here, or None."""
+        try:
+            code, text = json.loads((self.folder / f"{job}.refused").read_text())
+        except FileNotFoundError:
+            return None
+        return Failure(code, text)
+
+    def withdrawn(self, job: JobId) -> None:
+        """It was never sent: nothing is kept."""
         self.recorded(job)
         (self.folder / f"{job}.order").unlink(missing_ok=True)
 
@@ -78,10 +94,10 @@ class Outbox:
                 with contextlib.suppress(OSError):
                     if time.time() - path.stat().st_mtime > _STRAY_S:
                         path.unlink()
-        orders = sorted(self.folder.glob("*.order"))
-        for path in orders[:-_KEEP_ORDERS]:
-            if not path.with_suffix(".payload").exists():
-                path.unlink(missing_ok=True)
+        for kind in ("*.order", "*.refused"):
+            for path in sorted(self.folder.glob(kind))[:-_KEEP_ORDERS]:
+                if not path.with_suffix(".payload").exists():
+                    path.unlink(missing_ok=True)
 
     def _sync_folder(self) -> None:
         """Make the new names durable too."""

@@ -10,7 +10,7 @@ from edif_mesh.client.job import Job
 from edif_mesh.client.mesh import JobSpec, Mesh
 from edif_mesh.domain.ids import JobId
 from edif_mesh.domain.job import JobStatus
-from edif_mesh.errors import EdifError, NotFoundError, RefusedError, StoreFullError, TransportError
+from edif_mesh.errors import EdifError, NotFoundError, StoreFullError, TransportError
 from edif_mesh.gateway.frames import binary_frame, frame, meta_of, snapshot_frame, status_of, text_frame
 from edif_mesh.gateway.results import ResultStore, decode
 from edif_mesh.gateway.sessions import Sessions
@@ -19,7 +19,6 @@ from edif_mesh.wire.messages import JobSnapshot
 log = logging.getLogger(__name__)
 
 _THREAD_FROM_BYTES = 256 << 10
-_REMEMBERED = 10_000
 
 
 class Driver:
@@ -27,7 +26,6 @@ class Driver:
 
     def __init__(self, mesh: Mesh, sessions: Sessions, results: ResultStore) -> None:
         self._mesh, self._sessions, self._results = mesh, sessions, results
-        self._refused: dict[JobId, dict[str, Any]] = {}
         self._making: dict[tuple[JobId, bool], asyncio.Task[bytes | None]] = {}
 
     async def submit(self, payload: bytes, spec: JobSpec, session: str, base_url: str) -> dict[str, Any]:
@@ -47,7 +45,7 @@ class Driver:
         try:
             await self._mesh.send(job, payload)
         except StoreFullError:
-            self._mesh.outbox.refused(job.id)
+            self._mesh.outbox.withdrawn(job.id)
             await job.close()
             raise
         except TransportError as error:
@@ -60,8 +58,7 @@ class Driver:
 
     async def response(self, job_id: JobId, base_url: str) -> dict[str, Any] | None:
         """Return the frame that a polling client gets now; None while there is no news."""
-        if job_id in self._refused:
-            return self._refused[job_id]
+        waits = self._mesh.outbox.waits(job_id)  # before we ask: it may be recorded or refused in the meantime
         job = self._mesh.job(job_id)
         try:
             snapshot = await job.status()
@@ -75,7 +72,7 @@ class Driver:
         except TransportError:
             return None
         except NotFoundError as error:
-            return None if self._mesh.outbox.waits(job_id) else frame(job_id, "ERROR", str(error))
+            return None if waits else frame(job_id, "ERROR", str(error))
         except EdifError as error:
             return frame(job_id, "ERROR", str(error))
         return frame(job_id, "COMPLETED", snapshot.text, f"{base_url}/result/{job_id}/{token}", meta_of(snapshot))
@@ -97,10 +94,7 @@ class Driver:
                     self._sessions.send(session, text)
                     shown = text
         except EdifError as error:
-            ended = frame(job.id, "ERROR", str(error))
-            if isinstance(error, RefusedError):
-                self._remember(job.id, ended)
-            self._sessions.send(session, text_frame(ended))
+            self._sessions.send(session, text_frame(frame(job.id, "ERROR", str(error))))
         except Exception:
             log.exception("job could not be followed", extra={"job": job.id})
             text = "The gateway met an unexpected error; its log says more. The job itself goes on: edif show " + job.id
@@ -133,8 +127,3 @@ class Driver:
             return await asyncio.to_thread(decode, archive, compress)
         await asyncio.to_thread(self._results.keep, job.id, archive, compress)
         return None
-
-    def _remember(self, job: JobId, ended: dict[str, Any]) -> None:
-        self._refused[job] = ended
-        while len(self._refused) > _REMEMBERED:
-            self._refused.pop(next(iter(self._refused)))

@@ -11,6 +11,7 @@ import pytest
 
 from edif_mesh.client.outbox import Outbox
 from edif_mesh.domain.ids import job_id
+from edif_mesh.domain.job import Failure
 from edif_mesh.errors import StoreFullError
 
 OLD, NEW = job_id(1_700_000_000_000, 1), job_id(1_700_000_001_000, 2)
@@ -30,9 +31,17 @@ def test_an_order_waits_with_its_payload_until_it_is_recorded(outbox: Outbox) ->
     assert (outbox.order(OLD), outbox.payload(OLD), outbox.waits(OLD)) == ("old order", None, False)
 
 
-def test_of_a_refused_order_nothing_stays(outbox: Outbox) -> None:
+def test_of_a_refused_order_the_reason_stays(outbox: Outbox) -> None:
     outbox.keep(OLD, "order", b"payload")
-    outbox.refused(OLD)
+    outbox.refused(OLD, Failure("expired", "The order is too old."))
+    assert [path.name for path in outbox.folder.iterdir()] == [f"{OLD}.refused"]
+    assert Outbox(outbox.folder).refusal(OLD) == Failure("expired", "The order is too old.")
+    assert outbox.refusal(NEW) is None
+
+
+def test_of_an_order_that_was_never_sent_nothing_stays(outbox: Outbox) -> None:
+    outbox.keep(OLD, "order", b"payload")
+    outbox.withdrawn(OLD)
     assert list(outbox.folder.iterdir()) == []
 
 

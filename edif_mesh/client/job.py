@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
 _FETCH_TRIES = 30
+_INLINE_BYTES = 64 << 10
+"""A smaller archive is read faster than a thread is woken."""
 
 
 class Job:
@@ -60,6 +62,8 @@ class Job:
         self._sink: BufferSink | None = None
         self._reader: ResultReader | None = None
         self.printing: LineFollower | None = None
+        self.storing: asyncio.Future[None] | None = None
+        """The payload on its way to the broker, until the order follows it."""
 
     def __repr__(self) -> str:
         status = self._last.status.value if self._last else "unknown"
@@ -89,6 +93,9 @@ class Job:
 
     async def close(self) -> None:
         """Listen no more, and drop what was fetched ahead. The job itself goes on."""
+        if self.storing is not None:
+            self.storing.cancel()
+            await asyncio.gather(self.storing, return_exceptions=True)
         self._queues.clear()
         self._primed = None
         await self._unsubscribe()
@@ -198,9 +205,11 @@ class Job:
         Raises the JobError family when there is none: UserCodeError with your own traceback, JobCancelledError,
         JobExpiredError, JobFailedError; ManifestError or ChunkError when the bytes are not what the site signed.
         """
-        from edif_mesh.results.archive import read
+        from edif_mesh.results.archive import read  # takes torch with it, seconds when it is the first
 
         data = await self.archive(on_update=on_update, progress=progress)
+        if len(data) <= _INLINE_BYTES:
+            return dict(read(data, classes))
         return dict(await asyncio.to_thread(read, data, classes))
 
     async def archive(

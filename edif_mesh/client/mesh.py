@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -144,7 +144,7 @@ class Mesh:
     async def prepare(
         self, payload: bytes, spec: JobSpec, *, follow: bool = True, on_line: Callable[[str], object] | None = None
     ) -> Job:
-        """Sign an order, keep it in the outbox and listen for its news; nothing has been sent yet. See `send`.
+        """Sign an order, keep it in the outbox and listen for its news; only the payload leaves already. See `send`.
 
         `on_line` is called for every line that the job prints. Raises StoreFullError when this machine's disk is full.
         """
@@ -174,6 +174,7 @@ class Mesh:
         )
         envelope = seal(order, self.key)
         handle = Job(self, job, envelope_digest(envelope))
+        handle.storing = asyncio.ensure_future(put_payload(self.streams, job, payload))
         keeping = asyncio.to_thread(self.outbox.keep, job, envelope, payload)
         listening = [handle.start_watching()]
         listening += [handle.follow_result()] if follow else []
@@ -190,7 +191,8 @@ class Mesh:
         envelope = self.outbox.order(job.id)
         if envelope is None:
             raise NotFoundError(f"There is no order of {job.id} in the outbox.")
-        await self._send_order(job.id, envelope, payload)
+        storing, job.storing = job.storing, None
+        await self._send_order(job.id, envelope, storing or put_payload(self.streams, job.id, payload))
 
     def job(self, job: str) -> Job:
         """Return the handle of a job that was submitted earlier, here or elsewhere; raises NotFoundError for a bad id."""
@@ -230,7 +232,7 @@ class Mesh:
         envelope, payload = await asyncio.to_thread(lambda: (self.outbox.order(job), self.outbox.payload(job)))
         if envelope is None or payload is None:
             return False
-        await self._send_order(job, envelope, payload, again=True)
+        await self._send_order(job, envelope, put_payload(self.streams, job, payload), again=True)
         return True
 
     def backend(self, model: Any, **options: Any) -> MeshBackend:
@@ -282,9 +284,9 @@ class Mesh:
         if not connected:
             self.link_losses += 1
 
-    async def _send_order(self, job: JobId, envelope: str, payload: bytes, *, again: bool = False) -> None:
+    async def _send_order(self, job: JobId, envelope: str, storing: Awaitable[None], *, again: bool = False) -> None:
         try:
-            await put_payload(self.streams, job, payload)
+            await storing
             # A repeated order has another message id: the broker may have dropped the first one's effect long ago.
             message_id = f"{job}-{secrets.token_hex(4)}" if again else str(job)
             await self.streams.append(

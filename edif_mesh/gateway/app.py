@@ -117,7 +117,13 @@ async def _result(request: Request, job: str, token: str) -> FileResponse:
         raise HTTPException(
             404, f"There is no result of {job} here (any more). Type: edif fetch {job} -o FILE.safetensors"
         )
-    return FileResponse(path, media_type="application/octet-stream")
+    return _Download(path, media_type="application/octet-stream")
+
+
+class _Download(FileResponse):
+    """A file in large pieces: each costs a thread and a write."""
+
+    chunk_size = 1 << 20
 
 
 async def _status(request: Request) -> dict[str, Any]:

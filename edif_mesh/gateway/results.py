@@ -91,16 +91,12 @@ def decode(archive: memoryview, compress: bool) -> bytes:
 
 
 def dump(values: Mapping[str, Any], compress: bool) -> bytes:
-    """Return the `torch.save` of `values`; compressed, exactly one zstd frame that declares its size."""
+    """Return the `torch.save` of `values`; with `compress`, in exactly one zstd frame that declares its size."""
     from edif_mesh.results.torchfile import write_values
 
     buffer = io.BytesIO()
-    write_values(values, buffer, compress=False)
-    if not compress:
-        return buffer.getvalue()
-    import zstandard
-
-    return bytes(zstandard.ZstdCompressor(level=1).compress(buffer.getbuffer()))
+    write_values(values, buffer, compress=compress)
+    return buffer.getvalue()
 
 
 def warm_up() -> None:

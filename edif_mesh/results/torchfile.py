@@ -12,7 +12,6 @@ import copyreg
 import operator
 import pickle
 import pydoc
-import tempfile
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,15 +23,15 @@ from torch.utils.serialization import config
 from edif_mesh.results.archive import read
 from edif_mesh.results.archive_types import EnumRecord, Record
 from edif_mesh.results.nnsight_types import CACHE_MODULE, ActivationCache, CachedVisit, cache_state
+from edif_mesh.results.stored_frame import StoredFrame
 
 _Reduced = tuple[Any, ...]
-_COPY_BYTES = 1 << 20
 
 
 def write_torch_save(archive: bytes | memoryview | Path, out: BinaryIO | Path, *, compress: bool) -> int:
     """Write the values of `archive` to `out` and return how many bytes it took.
 
-    With `compress` it is exactly one zstd frame that declares its content size, level 1.
+    With `compress` it is exactly one zstd frame that declares its content size; see `stored_frame`.
 
     Raises ArchiveError before anything is written when the archive is not exactly one.
     """
@@ -48,18 +47,12 @@ def write_values(values: Mapping[str, Any], out: BinaryIO | Path, *, compress: b
     if not compress:
         _save(values, out)
         return out.tell() - begin
-    import zstandard
-
-    with tempfile.TemporaryFile() as plain:
-        _save(values, plain)
-        size = plain.tell()
-        plain.seek(0)
-        frames = zstandard.ZstdCompressor(level=1, write_content_size=True)
-        frames.copy_stream(plain, out, size=size, read_size=_COPY_BYTES, write_size=_COPY_BYTES)
+    with StoredFrame(out) as frame:
+        _save(values, frame)
     return out.tell() - begin
 
 
-def _save(values: Mapping[str, Any], out: BinaryIO) -> None:
+def _save(values: Mapping[str, Any], out: BinaryIO | StoredFrame) -> None:
     writer = types.SimpleNamespace(__name__="pickle", Pickler=_ClientPickler)
     with config.patch({"save.compute_crc32": False}):
         torch.save(dict(values), out, pickle_module=writer, pickle_protocol=5)

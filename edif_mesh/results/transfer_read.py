@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from edif_mesh.domain.ids import AttemptNumber, JobId
 from edif_mesh.errors import ChunkError, ManifestError, NoReplyError, NotConnectedError
@@ -36,6 +37,7 @@ _DIRECT_CHUNKS = 4
 _AT_ONCE = 8
 
 Progress = Callable[[int, int], None]
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
@@ -95,7 +97,7 @@ class ResultReader:
         await self._end_following()
         self._progress = progress
         self._stats = ReadStats(manifest.archive_bytes, self._stats.fetched_bytes, 0, manifest.chunks)
-        self._digests = await asyncio.to_thread(self._sink.begin, manifest)
+        self._digests = await self._at_sink(self._sink.begin, manifest)
         self._stats.resumed_bytes = sum(chunk_size(manifest, number) for number in self._digests)
         try:
             early = self._early.pop(manifest.attempt, {})
@@ -103,12 +105,16 @@ class ResultReader:
             await self._place(manifest, early.items(), known)
             await self._fetch(manifest)
             await self._verify(manifest)
-            await asyncio.to_thread(self._sink.finish)
+            await self._at_sink(self._sink.finish)
         finally:
             self._early.clear()
             self._early_digests.clear()
             self._sink.close()
         return self._stats
+
+    async def _at_sink(self, call: Callable[..., R], *given: Any) -> R:
+        """Call a sink beside the event loop, unless it only touches memory."""
+        return call(*given) if self._sink.in_memory else await asyncio.to_thread(call, *given)
 
     async def close(self) -> None:
         """Stop following; what a file sink holds can be resumed. Idempotent."""

@@ -20,6 +20,9 @@ _MAP_FROM_BYTES = 4 << 20
 class Sink(Protocol):
     """Takes chunks in any order; called from one thread at a time."""
 
+    in_memory: bool
+    """Whether no call waits for a disk."""
+
     def begin(self, manifest: Manifest) -> dict[int, bytes]:
         """Make room, and return the SHA-256 of every chunk that is already there, by number."""
 
@@ -38,6 +41,8 @@ class Sink(Protocol):
 
 class BufferSink:
     """One preallocated buffer; `data` is the archive once the read has returned."""
+
+    in_memory = True
 
     def __init__(self) -> None:
         self.data = memoryview(b"")
@@ -79,6 +84,8 @@ class FileSink:
 
     The second holds a line for each chunk that is there. It is only believed after the bytes were hashed again.
     """
+
+    in_memory = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -20,9 +20,10 @@ from importlib.metadata import version
 from typing import Any
 
 from edif_mesh.errors import SandboxError
+from site_agent.hosting.pages import collapse
 from site_agent.hosting.spec import HostFacts, ModelSpec
-from site_agent.runner.child import execute, serve
-from site_agent.runner.confine import die_with_parent, find_profile, harden_parent, settings_for
+from site_agent.runner.child import execute, forget_warm_up, serve
+from site_agent.runner.confine import die_with_parent, find_profile, harden_parent, leave_network, settings_for
 
 MAX_CONTROL_BYTES = 64 << 10
 
@@ -40,10 +41,14 @@ def main() -> None:
     except Exception as error:
         _say(control, {"error": _sentence(spec, error)})
         return
+    if settings.namespaces:
+        leave_network()
     harden_parent()
+    forget_warm_up()
     gc.collect()
     gc.freeze()
     gc.disable()
+    collapse()
     _say(control, {"facts": asdict(facts)})
     _serve_forks(control, model, payload, settings)
 

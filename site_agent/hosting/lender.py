@@ -258,4 +258,5 @@ def _environment(settings: HostSettings) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages for weights: see `pages`
     }

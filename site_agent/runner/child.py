@@ -55,7 +55,7 @@ def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings:
         if warm_payload is not None:
             with contextlib.suppress(Exception):
                 plan(execute(warm_payload, model)).to_bytes()
-        _forget_warm_up()
+        forget_warm_up()
         sock.sendall(pack(Kind.READY))
         _serve_one(sock, model, address_space)
         status = 0
@@ -176,8 +176,8 @@ def _execute(tracer: Any) -> dict[str, Any]:
         dec()
 
 
-def _forget_warm_up() -> None:
-    """nnsight memoizes sources and blocks per process: user code must not meet those of the warm-up."""
+def forget_warm_up() -> None:
+    """Drop what a warm-up left in memory. nnsight memoizes sources and blocks per process: user code must not meet those of the warm-up."""
     from nnsight.tracing.globals import BLOCKS, SOURCES
 
     BLOCKS.clear()

@@ -1,7 +1,8 @@
 """Confinement of one runner: what it takes from itself before it reads the first byte of a stranger's job.
 
-Order: new session, descriptors, namespaces (only where they are allowed, never required), user id, capabilities, death
-signal, limits, no new privileges, Landlock, not dumpable, seccomp last. A sandbox that cannot be set up raises SandboxError
+Order: new session, descriptors, user id, capabilities, death signal, limits, no new privileges, Landlock, not dumpable,
+seccomp last. Where namespaces are allowed (they are never required), the host itself has left the machine's network before
+the first fork. A sandbox that cannot be set up raises SandboxError
 and nothing runs. Python inside is *not* a boundary.
 
 User id. Where the agent runs as root, every runner gets an id of its own, so that neither the agent nor another runner is a
@@ -50,6 +51,7 @@ class SandboxSettings:
     search: bool = False
     """Keep CAP_DAC_READ_SEARCH: the interpreter lies in a folder that only root can enter."""
     namespaces: bool = False
+    """The host leaves the machine's network and IPC before it forks."""
     threads: int = 512
     """Counted per user id by the kernel, so it is set with `own_uid` only; the supervisor counts them in any case."""
 
@@ -67,7 +69,7 @@ class Profile:
     def sentence(self) -> str:
         """Return the profile for a person."""
         user = "a user id of its own" if self.own_uid else "the agent's user id"
-        extra = ", own network and IPC namespaces" if self.namespaces else ""
+        extra = ", no network but an empty one, no IPC with others" if self.namespaces else ""
         return f"{self.name}: Landlock ABI {self.landlock_abi}, seccomp, limits, {user}{extra}"
 
 
@@ -103,7 +105,7 @@ def find_profile() -> Profile:
     root = os.geteuid() == 0
     search = root and not _others_can_read((sys.executable, os.__file__, *interpreter_folders()))
     own_uid = root and _can(lambda: _take_own_uid(search))
-    namespaces = root and _can(_unshare)
+    namespaces = root and _can(leave_network)
     return Profile("namespaced" if namespaces else "base", abi, own_uid, own_uid and search, namespaces)
 
 
@@ -116,8 +118,6 @@ def confine(settings: SandboxSettings, keep_descriptor: int) -> None:
     """Take everything from this process but its memory and `keep_descriptor`. Raises SandboxError."""
     os.setsid()
     _close_descriptors(keep_descriptor)
-    if settings.namespaces:
-        _unshare()
     if settings.own_uid:
         _take_own_uid(settings.search)
     else:
@@ -188,9 +188,13 @@ def _landlock(readable: tuple[str, ...]) -> None:
     os.close(ruleset)
 
 
-def _unshare() -> None:
+def leave_network() -> None:
+    """Enter new network and IPC namespaces, for good and with all later children. Raises SandboxError.
+
+    One for a host and all its runners: making and ending one costs milliseconds, and no runner may open a socket anyway.
+    """
     if _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC) != 0:
-        raise SandboxError(f"The runner's own network namespace was refused: {os.strerror(ctypes.get_errno())}.")
+        raise SandboxError(f"An own network namespace was refused: {os.strerror(ctypes.get_errno())}.")
 
 
 def _take_own_uid(search: bool) -> None:

@@ -100,6 +100,7 @@ class SiteAgent:
             )
         )
         self.loop.prepare = lambda effect: self._attempts.prepare(effect.held)
+        self.loop.withdraw = lambda effect: self._attempts.withdraw(effect.held)
         self._tasks: list[asyncio.Task[None]] = []
         self._subscription: Subscription | None = None
 
@@ -166,7 +167,6 @@ class SiteAgent:
             await asyncio.sleep(_TICK_S)
             ticks += 1
             await self.loop.handle(Ticked(forget=ticks % _FORGET_EVERY_TICKS == 0))
-            self._attempts.forget(set(self.loop.state.held))
 
     async def _forever(self, work: Callable[[], object]) -> None:
         """Run `work` again when it fails: a bug there must not silence the site."""

@@ -77,33 +77,31 @@ class Attempts:
 
     def __init__(self, equipment: Equipment) -> None:
         self._with = equipment
-        self._fetching: dict[AttemptKey, asyncio.Task[bytes]] = {}
         self._running: dict[AttemptKey, AttemptTask] = {}
 
     def prepare(self, held: Held) -> None:
-        """Begin to fetch the payload: the acceptance is not on the disk yet, and may still fail."""
-        if held.key not in self._fetching and held.key not in self._running:
-            fetch = self._with.cargo.payload(held.job, held.order.payload)
-            self._fetching[held.key] = asyncio.create_task(fetch, name=f"payload {held.job}")
+        """Begin while the acceptance is still being recorded: nothing is told or stored before `start`. Idempotent.
+
+        Should the agent die before it is recorded, the runner dies with it, and nobody has heard of it.
+        """
+        if held.key not in self._running:
+            attempt = AttemptTask(held, self._with)
+            self._running[held.key] = attempt
+            attempt.task.add_done_callback(lambda _: self._running.pop(held.key, None))
 
     def start(self, held: Held) -> None:
         """Run an accepted attempt; its events follow. Idempotent."""
-        if held.key in self._running:
-            return
         self.prepare(held)
-        attempt = AttemptTask(held, self._with, self._fetching.pop(held.key))
-        self._running[held.key] = attempt
-        attempt.task.add_done_callback(lambda _: self._running.pop(held.key, None))
+        self._running[held.key].accepted.set()
+
+    def withdraw(self, held: Held) -> None:
+        """The acceptance could not be recorded: end what `prepare` has begun."""
+        self.kill(held.key, "it could not be accepted")
 
     def kill(self, key: AttemptKey, reason: str) -> None:
         """End it at once; the core has already said its last word."""
         if (attempt := self._running.get(key)) is not None:
             attempt.kill(reason)
-
-    def forget(self, keys: set[AttemptKey]) -> None:
-        """Drop payloads that were fetched for attempts that are not held after all."""
-        for key in [key for key in self._fetching if key not in keys]:
-            self._fetching.pop(key).cancel()
 
     async def finished(self) -> None:
         """Wait until none is left."""
@@ -115,15 +113,16 @@ class Attempts:
         tasks = [attempt.task for attempt in self._running.values()]
         for attempt in list(self._running.values()):
             attempt.kill("the agent ends")
-        self.forget(set())
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class AttemptTask:
     """One attempt from its payload to its last event."""
 
-    def __init__(self, held: Held, equipment: Equipment, payload: asyncio.Task[bytes]) -> None:
-        self._held, self._with, self._payload = held, equipment, payload
+    def __init__(self, held: Held, equipment: Equipment) -> None:
+        self._held, self._with = held, equipment
+        self.accepted = asyncio.Event()
+        """Until it is set nothing leaves here: no event, no line, no chunk."""
         self._runner: Runner | None = None
         self._logs = LogSender(held.key, equipment.site, equipment.key, equipment.streams)
         self._spool = Spool(equipment.spool_dir)
@@ -151,7 +150,6 @@ class AttemptTask:
             code = error.code if isinstance(error, EdifError) else "internal"
             await self._fail(Failure(code, f"The site failed: {error}"), Blame.SITE)
         finally:
-            self._payload.cancel()
             if self._upload is not None:
                 self._upload.cancel()
             if self._runner is not None:
@@ -162,10 +160,10 @@ class AttemptTask:
     async def _run(self) -> None:
         held, lending = self._held, asyncio.create_task(self._with.models.lend(self._held.order.model.repo_id))
         try:
-            payload = await self._payload
+            payload = await self._with.cargo.payload(held.job, held.order.payload)
             self._runner = await lending
         except ChunkError as error:
-            await self._with.tell(PayloadRefused(held.key, Failure("payload_mismatch", str(error))))
+            await self._tell(PayloadRefused(held.key, Failure("payload_mismatch", str(error))))
             self._runner = await lending
             return
         finally:
@@ -174,10 +172,10 @@ class AttemptTask:
         if receipt is None:
             return
         log.info("attempt computed", extra={"job": held.job, "attempt": held.attempt, "bytes": receipt.result_bytes})
-        await self._with.tell(AttemptComputed(held.key))
+        await self._tell(AttemptComputed(held.key))
         assert self._upload is not None
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
-        await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
+        await self._tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
 
     async def _compute_once_started(self, payload: bytes) -> Receipt | None:
         """As `_compute`, with another runner when a waiting one had died before it took the payload."""
@@ -201,7 +199,7 @@ class AttemptTask:
                 match event:
                     case RunnerStarted():
                         started = True
-                        await self._with.tell(AttemptStarted(key))
+                        await self._tell(AttemptStarted(key))
                     case RunnerLog(text):
                         self._logs.add(text)
                     case ResultOpened():
@@ -246,7 +244,11 @@ class AttemptTask:
         return seal(manifest, self._with.key)
 
     async def _fail(self, failure: Failure, blame: Blame, receipt: Receipt | None = None) -> None:
-        await self._with.tell(AttemptFailed(self._held.key, failure, blame, receipt))
+        await self._tell(AttemptFailed(self._held.key, failure, blame, receipt))
+
+    async def _tell(self, event: Event) -> None:
+        await self.accepted.wait()
+        await self._with.tell(event)
 
 
 def _most_payload(order: Order) -> int:

@@ -20,7 +20,7 @@ from site_agent.shell.loop import AgentLoop, read_clocks
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = 0.05
+_GATHER_S = 0.2
 """Changes within this time share one advert."""
 _MAX_IN_FLIGHT = 4
 _DEVICES_EVERY_S = 5.0

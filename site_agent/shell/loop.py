@@ -1,17 +1,23 @@
-"""The single-writer loop: decide, record, evolve, act. Every event of the agent passes here, one at a time."""
+"""The single-writer loop: decide, record, evolve, act. Every event of the agent passes here, one at a time.
+
+Two things need not wait for the disk. A runner may begin: until its acceptance is recorded nothing of it leaves the
+process. And a report may leave: if the process dies before it is recorded, the next one reports the attempt lost, which
+ends nothing that the coordinator has recorded from the first.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from edif_mesh.domain.job import Failure
-from site_agent.core.changes import Audited, Durable, evolve
-from site_agent.core.decision import Decision, Effect, StartAttempt, decide
-from site_agent.core.events import BadOrderReceived, Event, GrantReceived
+from site_agent.core.changes import Audited, Durable, ReportSettled, evolve
+from site_agent.core.decision import Decision, Effect, SendReport, StartAttempt, decide
+from site_agent.core.events import BadOrderReceived, Event, GrantReceived, ReportAcknowledged, Ticked
 from site_agent.core.state import Now, State
 from site_agent.journal import Journal, JournalError
 
@@ -32,11 +38,15 @@ class AgentLoop:
     def __init__(self, state: State, journal: Journal, act: Callable[[Effect], None]) -> None:
         self.state = state
         self.prepare: Callable[[StartAttempt], None] = lambda effect: None
-        """Called before the record is on the disk: what costs nothing to undo (fetching the payload) may begin."""
+        """Called before the record is on the disk: what costs nothing to undo may begin."""
+        self.withdraw: Callable[[StartAttempt], None] = lambda effect: None
+        """Undoes `prepare` when the record could not be written."""
         self._journal, self._act = journal, act
         self._turn = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._audits = (0, 0)
+        self._later: list[Durable] = []
+        """Settled reports, written with whatever comes next: one that is lost here is only reported once more."""
 
     async def handle(self, event: Event) -> Failure | None:
         """Take one event through the core. Returns the refusal for whoever asked, or None.
@@ -47,26 +57,41 @@ class AgentLoop:
         async with self._turn:
             now = read_clocks()
             decision = decide(event, self.state, now)
-            for effect in decision.act:
-                if isinstance(effect, StartAttempt):
-                    self.prepare(effect)
-            failure = await self._record(decision, now)
-            if failure is not None and isinstance(event, GrantReceived | BadOrderReceived):
+            needs_record = isinstance(event, GrantReceived | BadOrderReceived)
+            starting = [effect for effect in decision.act if isinstance(effect, StartAttempt)]
+            reports = [effect for effect in decision.act if isinstance(effect, SendReport) and not needs_record]
+            for report in reports:
+                self._act(report)
+            for start in starting:
+                self.prepare(start)
+            failure = await self._record(event, decision, now)
+            if failure is not None and needs_record:
+                for start in starting:
+                    self.withdraw(start)
                 return failure
             for change in decision.record:
                 evolve(self.state, change)
             for effect in decision.act:
-                self._act(effect)
+                if effect not in reports:
+                    self._act(effect)
             return decision.refusal
 
     def close(self) -> None:
         """End the writer thread; no event may follow."""
+        with contextlib.suppress(JournalError):
+            self._journal.commit(self._later, read_clocks().wall_ms)
         self._writer.shutdown()
 
-    async def _record(self, decision: Decision, now: Now) -> Failure | None:
+    async def _record(self, event: Event, decision: Decision, now: Now) -> Failure | None:
         durable = [change for change in decision.record if isinstance(change, Durable)]
-        if not durable or (all(isinstance(change, Audited) for change in durable) and not self._may_audit(now)):
+        if isinstance(event, ReportAcknowledged) and all(isinstance(change, ReportSettled) for change in durable):
+            self._later += durable
             return None
+        if durable and all(isinstance(change, Audited) for change in durable) and not self._may_audit(now):
+            return None
+        if not durable and not (self._later and isinstance(event, Ticked)):
+            return None
+        durable = [*self._later, *durable]
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._writer, self._journal.commit, durable, now.wall_ms)
@@ -74,6 +99,7 @@ class AgentLoop:
             log.error("journal failed", extra={"text": str(error)})
             self.state.note = str(error)
             return Failure(error.code, str(error))
+        self._later.clear()
         self.state.note = ""
         return None
 

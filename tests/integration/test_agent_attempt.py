@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import resource
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,7 +13,7 @@ from edif_mesh.domain.ids import AttemptNumber
 from edif_mesh.domain.job import Limits
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import envelope_digest, open_envelope
-from edif_mesh.wire.messages import LogLines, Manifest, Order, Received, Report
+from edif_mesh.wire.messages import LogLines, Manifest, Order, Received, Refusal, Report
 from tests import traces
 from tests.played_coordinator import SITE, PlayedCoordinator, Site, a_site, now_ms
 
@@ -157,6 +158,30 @@ async def test_a_report_is_repeated_until_it_is_acknowledged(site: Site) -> None
         site.coordinator.acknowledges = True
     reports = [r for r in site.coordinator.reports_of(order) if r.status.terminal]
     assert len({report.sequence for report in reports}) == 1
+
+
+async def test_an_acceptance_that_cannot_be_recorded_is_refused_and_leaves_nothing(site: Site) -> None:
+    """The runner may have begun by then: nothing of it is heard, and the next grant runs."""
+    order = await site.coordinator.order(traces.one_read())
+    assert site.agent.process is not None
+    pid = site.agent.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, before[1]))  # every write to a file fails
+    try:
+        answer = await site.coordinator.place(order)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+    assert isinstance(answer, Refusal)
+    assert "Nothing was started" in answer.failure.text or "nothing was started" in answer.failure.text
+    await site.coordinator.quiet()
+    assert site.coordinator.reports_of(order) == []
+    assert site.coordinator.adverts[-1].free_slots == 2
+    stored = await site.coordinator.link.streams.subjects(
+        subjects.RESULTS_STREAM, subjects.result_chunks(order.job, AttemptNumber(1))
+    )
+    assert stored == {}
+    assert isinstance(await site.coordinator.place(order, attempt=2), Received)
+    assert (await site.coordinator.ended(order, 2)).status is AttemptStatus.SUCCEEDED
 
 
 async def test_a_grant_that_is_repeated_while_it_runs_starts_nothing_more(site: Site) -> None:

@@ -176,7 +176,9 @@ async def test_a_broker_that_dies_at_once_says_its_last_words(tmp_path: Path) ->
     (tmp_path / "nats").mkdir()
     (tmp_path / "nats" / "jetstream").write_text("in the way")
     server = EmbeddedServer(wanted)
-    with pytest.raises(TransportError, match=r"nats-server ended at once \(exit 1\)\. Its last words: .*not a directory"):
+    with pytest.raises(
+        TransportError, match=r"nats-server ended at once \(exit 1\)\. Its last words: .*not a directory"
+    ):
         await server.start()
     await server.stop()
 

@@ -80,11 +80,15 @@ def apply(state: MeshState, event: Event, record: tuple[Change, ...], now_ms: in
         case LinkReturned():
             state.link_lost_at_ms = None
             state.frozen_until_ms = now_ms + state.policy.suspect_ms
+        case AdvertReceived() if state.sites and state.first_heard_at_ms is None:
+            state.first_heard_at_ms = now_ms
         case TermStarted():
             state.frozen_until_ms = now_ms + state.policy.suspect_ms
             state.ticked_at_ms = now_ms
         case Ticked():
             jobs.drop_expired(state.expiries, now_ms)  # type: ignore[arg-type]
+            if jobs.sites_are_known(state, now_ms):
+                state.unjudged.clear()
             silent = sites.mass_silence(Draft(state, now_ms))
             state.frozen_since_ms = (state.frozen_since_ms or now_ms) if silent else None
             if _stood_still(state, now_ms):
@@ -126,6 +130,7 @@ def _start_term(draft: Draft, epoch: Epoch) -> None:
 def _tick(draft: Draft) -> None:
     frozen = is_frozen(draft.state, draft.now_ms)
     jobs.expire_orders(draft)
+    jobs.end_hopeless(draft)
     sites.tend_sites(draft, frozen=frozen)
     attempts.tend_attempts(draft, frozen=frozen)
     if draft.state.queue or draft.changed_jobs():

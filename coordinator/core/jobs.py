@@ -10,7 +10,7 @@ from coordinator.core.events import CancelRequested, JobAsked, JobsAsked, MeshAs
 from coordinator.core.placement import only_permanent
 from coordinator.core.schedule import schedule, verdicts_for
 from coordinator.core.snapshot import mesh_view, snapshot
-from coordinator.core.state import JobRecord
+from coordinator.core.state import JobRecord, MeshState
 from edif_mesh.domain.ids import JobId
 from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.wire.messages import JobList, Order, Refusal
@@ -108,6 +108,27 @@ def expire_orders(draft: Draft) -> None:
             )
 
 
+def end_hopeless(draft: Draft) -> None:
+    """Once the sites have had time to speak: end what was queued before any was known, and none will ever take."""
+    if not sites_are_known(draft.state, draft.now_ms):
+        return
+    for job_id in draft.state.unjudged:
+        job = draft.job(job_id)
+        if job is None or job.status is not JobStatus.QUEUED:
+            continue
+        verdicts = verdicts_for(draft, job)
+        if verdicts and all(only_permanent(v) for v in verdicts):
+            code, text = _unknown_model(draft, job.order) or _never(
+                draft, job.order, [r for v in verdicts for r in v.reasons]
+            )
+            _end(draft, job, JobStatus.FAILED, Failure(code, text), code)
+
+
+def sites_are_known(state: MeshState, now_ms: int) -> bool:
+    """Whether the first site spoke long enough ago for the others to have spoken too."""
+    return state.first_heard_at_ms is not None and now_ms - state.first_heard_at_ms >= state.policy.suspect_ms
+
+
 def drop_expired(expiries: list[tuple[int, str]], now_ms: int) -> None:
     """Forget the heap's entries that `expire_orders` has dealt with."""
     while expiries and expiries[0][0] <= now_ms:
@@ -161,6 +182,10 @@ def _problem(draft: Draft, order: Order) -> tuple[str, str] | None:
             f"The payload has {order.payload.size_bytes / 1e6:,.1f} MB; {policy.max_payload_bytes / 1e6:,.1f} MB are allowed. "
             "Do not capture large tensors in the traced block; build them inside it."
         )
+    return _unknown_model(draft, order)
+
+
+def _unknown_model(draft: Draft, order: Order) -> tuple[str, str] | None:
     if not draft.state.sites:
         return None
     known = {o.repo_id for s in draft.sites() for o in s.advert.models}

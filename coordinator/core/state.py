@@ -188,6 +188,10 @@ class MeshState:
     link_lost_at_ms: int | None = None
     frozen_until_ms: int = 0
     frozen_since_ms: int | None = None
+    unjudged: dict[JobId, None] = field(default_factory=dict)
+    """Jobs that were queued before any site was known: nobody could tell whether they can ever run."""
+    first_heard_at_ms: int | None = None
+    """When the first site spoke in this process's life."""
     ticked_at_ms: int | None = None
     """The last tick: a long gap means that the coordinator itself stood still."""
 
@@ -229,6 +233,8 @@ def _put_job(state: MeshState, record: JobRecord) -> None:
         _leave_queue(state, old)
     elif now and not was:
         _enter_queue(state, record)
+    if old is None and now and not state.sites:
+        state.unjudged[record.job] = None
     if old is None and not record.terminal:
         heapq.heappush(state.expiries, (record.order.expires_at_ms, record.job))
 

@@ -42,7 +42,7 @@ PLANTED: list[tuple[str, ModuleType, str, str]] = [
     ("no fence: a report of an ended attempt is applied", attempts, "    if attempt.status.terminal:\n        changes", "    if False:\n        changes"),
     ("an older report undoes a newer one", attempts, "if report.sequence > attempt.sequence:", "if True:"),
     ("a lost attempt is forgotten", attempts, "if job is not None and not job.terminal and job.attempt == attempt.attempt:\n        again", "if False:\n        again"),
-    ("a declined job is not queued again", attempts, "elif status in (AttemptStatus.DECLINED, AttemptStatus.RELEASED):\n        again(draft, job, site, said, counts=False)", "elif status in (AttemptStatus.DECLINED, AttemptStatus.RELEASED):\n        pass"),
+    ("a declined job is not queued again", attempts, "_no_more_work(draft, site)\n        again(draft, job, site, said, counts=False)", "_no_more_work(draft, site)"),
     ("a failed host's job is not queued again", attempts, "        _trouble(draft, site, +1)\n        again(draft, job, site, said, counts=True)", "        _trouble(draft, site, +1)"),
     ("an attempt number is used twice", schedule, "AttemptNumber(job.attempt + 1)", "AttemptNumber(max(1, job.attempt))"),
     ("attempts are numbered from two", schedule, "AttemptNumber(job.attempt + 1)", "AttemptNumber(job.attempt + 2)"),

@@ -302,3 +302,22 @@ def test_a_newcomer_brings_no_claim_from_the_time_before_it_came() -> None:
         desk.orders(number, owner=BOB)
     served = order_of_service(desk, current, 10)
     assert 4 <= sum(desk.job(job).owner == BOB for job in served) <= 6
+
+
+def test_an_order_that_came_before_any_site_ends_once_the_sites_have_spoken_and_none_has_its_model() -> None:
+    desk = Desk()
+    hopeless, hopeful = desk.orders(1, model=ModelRef("nobody/has-this")), desk.orders(2, model=ModelRef("late/model"))
+    desk.passes(3_600_000)
+    assert {desk.job(job).status for job in (hopeless, hopeful)} == {JobStatus.QUEUED}, "no site is known yet"
+    desk.advert(A)
+    desk.passes(5_000, A)
+    assert desk.job(hopeless).status is JobStatus.QUEUED, "another site may still be on its way"
+    desk.advert(B, models=(an_offer("late/model"),))
+    assert desk.job(hopeful).status is JobStatus.PLACED
+    desk.accepts(hopeful)
+    desk.passes(desk.policy.suspect_ms, A, B)
+    failure = desk.job(hopeless).failure
+    assert desk.job(hopeless).status is JobStatus.FAILED
+    assert failure is not None
+    assert failure.text.startswith("No site of this mesh offers the model nobody/has-this.")
+    assert "late/model" in failure.text

@@ -39,7 +39,7 @@ def test_many_seeds() -> None:
 
 
 PLANTED: list[tuple[str, ModuleType, str, str]] = [
-    ("no fence: a report of an ended attempt is applied", attempts, "    if attempt.status.terminal:\n        changes", "    if False:\n        changes"),
+    ("no fence: a report of an ended attempt is applied", attempts, "    if attempt.status.terminal:\n        changes", "    attempt = replace(attempt, status=AttemptStatus.RUNNING)\n    if False:\n        changes"),
     ("an older report undoes a newer one", attempts, "if report.sequence > attempt.sequence:", "if True:"),
     ("a lost attempt is forgotten", attempts, "if job is not None and not job.terminal and job.attempt == attempt.attempt:\n        again", "if False:\n        again"),
     ("a declined job is not queued again", attempts, "_no_more_work(draft, site)\n        again(draft, job, site, said, counts=False)", "_no_more_work(draft, site)"),

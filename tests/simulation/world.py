@@ -431,10 +431,16 @@ class World:
                 self._after(self.random.randint(500, 60_000), lambda: self._link(True))
             case 6:
                 self.feed(ev.SiteDisconnected(site.name))
-            case 7 if self.orders:
-                job = self.random.choice(list(self.orders))
+            case 7 if jobs := self._open_jobs() if self.random.random() < 0.8 else list(self.orders):
+                job = self.random.choice(jobs)
                 self.counts["cancelled"] += 1
                 self.feed(ev.CancelRequested(job, KeyId("k"), "no need"))
+            case 8 if site.up and (running := [key for key, held in site.held.items() if held.running]):
+                # Before the stop arrives: its next life reports an attempt lost that the coordinator has ended otherwise.
+                self.counts["cancelled, then crashed"] += 1
+                self.feed(ev.CancelRequested(self.random.choice(running)[0], KeyId("k"), "no need"))
+                site.up = False
+                self._after(self.random.randint(100, 60_000), lambda: self._restart(site))
             case _:
                 pass
 

@@ -28,8 +28,8 @@ demo: $(STAMP) ## Fetch the demonstration model, run a real experiment on two si
 test: $(STAMP) ## The test suite (all but the long fault runs).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP) ## Everything, with the long fault runs; GPU tests where there is a GPU.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 1800
+test-all: $(STAMP) ## Everything, with the long fault runs and random examples; GPU tests where there is a GPU.
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest --timeout 1800
 
 check: $(STAMP) ## Formatting, lint, types, import floors.
 	$(BIN)/ruff format --check .

@@ -44,7 +44,7 @@ _MAX_TEXT = 100_000
 
 
 def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings: SandboxSettings, host: int) -> None:
-    """Confine this process, a child of `host`; warm it up, wait for one job on `sock`, run it. Never returns."""
+    """Confine this process, a child of `host`; wait for one job on `sock`, warm up if that takes long, run it. Never returns."""
     status = 1
     try:
         address_space = _address_space_bytes()
@@ -52,12 +52,8 @@ def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings:
         confine(settings, sock.fileno())
         if os.getppid() != host:  # it died before the death signal was set
             os._exit(1)
-        if warm_payload is not None:
-            with contextlib.suppress(Exception):
-                plan(execute(warm_payload, model)).to_bytes()
-        forget_warm_up()
         sock.sendall(pack(Kind.READY))
-        _serve_one(sock, model, address_space)
+        _serve_one(sock, model, warm_payload, address_space)
         status = 0
     except SandboxError as error:
         with contextlib.suppress(OSError):
@@ -68,9 +64,11 @@ def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings:
         os._exit(status)
 
 
-def _serve_one(sock: socket.socket, model: Any, address_space: int) -> None:
-    head_bytes = _receive(sock, HEAD.size)
-    kind, length = HEAD.unpack(head_bytes)
+def _serve_one(sock: socket.socket, model: Any, warm_payload: bytes | None, address_space: int) -> None:
+    kind, length = HEAD.unpack(_receive(sock, HEAD.size))
+    while kind == Kind.WARM:
+        _warm_up(warm_payload, model)
+        kind, length = HEAD.unpack(_receive(sock, HEAD.size))
     if kind != Kind.JOB or length > MAX_JOB_HEAD_BYTES:
         return
     head = JobHead(**json.loads(_receive(sock, length)))
@@ -91,6 +89,13 @@ def _serve_one(sock: socket.socket, model: Any, address_space: int) -> None:
     else:
         sock.sendall(pack(Kind.DONE))
     sock.recv(1)  # until it is killed: the supervisor reads from the kernel first what was used
+
+
+def _warm_up(payload: bytes | None, model: Any) -> None:
+    if payload is not None:
+        with contextlib.suppress(Exception):
+            plan(execute(payload, model)).to_bytes()
+        forget_warm_up()
 
 
 def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter) -> tuple[str, str] | None:

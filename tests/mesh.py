@@ -50,10 +50,10 @@ class RunningMesh:
         """A connected client with the researcher's key."""
         return BlockingMesh(self.home / "client.toml")
 
-    def edif(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run the `edif` command against this mesh."""
+    def edif(self, *arguments: str, timeout_s: float = 60, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run the `edif` command against this mesh, with `more` in its environment."""
         command = [sys.executable, "-m", "edif_mesh.cli", *arguments]
-        settings = environment(EDIF_HOME=str(self.home), COLUMNS="200")
+        settings = environment(EDIF_HOME=str(self.home), COLUMNS="200", **more)
         return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=timeout_s)
 
     def processes(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ import httpx
 from edif_mesh.config import ClientConfig, home, load_config
 from edif_mesh.errors import ConfigError, NotFoundError, error_of
 from edif_mesh.identity.keys import PrivateKey
+from edif_mesh.models import hub_answers, told_offline
 from edif_mesh.transport.embedded import die_with_parent, free_port
 
 
@@ -28,6 +29,9 @@ def run_script(*, script: Path, arguments: tuple[str, ...], wait: bool) -> int:
     url = f"http://{config.gateway_host}:{config.gateway_port}"
     with nullcontext(url) if _serves(url, config) else _own_gateway(path) as url:
         environment = {**os.environ, "NDIF_HOST": url, "EDIF_WAIT": "1" if wait else "0"}
+        if not told_offline() and not hub_answers():
+            print("The Hugging Face hub does not answer: the script gets models from the local cache.", file=sys.stderr)
+            environment["HF_HUB_OFFLINE"] = "1"  # otherwise its libraries ask again and again for every file
         command = [sys.executable, "-m", "edif_mesh.cli.script", str(script), *arguments]
         code = subprocess.run(command, env=environment, check=False).returncode
     return code if code >= 0 else 128 - code

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -88,6 +90,26 @@ def test_run_passes_on_how_a_script_was_killed(mesh: RunningMesh, tmp_path: Path
     file = tmp_path / "dies.py"
     file.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     assert mesh.edif("run", str(file)).returncode == 128 + signal.SIGKILL
+
+
+class _Hub(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
+def test_run_spares_a_script_the_wait_for_a_hub_that_does_not_answer(mesh: RunningMesh, tmp_path: Path) -> None:
+    file = tmp_path / "asks.py"
+    file.write_text("import os\nprint('offline', os.environ['HF_HUB_OFFLINE'])\n")
+    done = mesh.edif("run", str(file), HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")
+    assert "offline 1" in done.stdout, done.stderr
+    assert "hub does not answer" in done.stderr
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        done = mesh.edif("run", str(file), HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+        hub.shutdown()
+    assert "offline 0" in done.stdout, done.stderr
+    assert "hub" not in done.stderr
 
 
 def test_run_starts_a_gateway_of_its_own_when_ours_is_not_there(

@@ -68,7 +68,7 @@ class CoordinatorConfig:
     key_file: Path
     trust_file: Path
     database_url: str
-    """`sqlite:///FILE` or `postgresql://...`."""
+    """`sqlite:///FILE`, or `postgresql://...` (not yet tested)."""
     broker: BrokerConfig = BrokerConfig()
     store: StoreConfig = StoreConfig()
     policy: PolicyConfig = PolicyConfig()

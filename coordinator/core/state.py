@@ -189,7 +189,7 @@ class MeshState:
     frozen_until_ms: int = 0
     frozen_since_ms: int | None = None
     unjudged: dict[JobId, None] = field(default_factory=dict)
-    """Jobs that were queued before any site was known: nobody could tell whether they can ever run."""
+    """Jobs that were queued, or recovered, before any site was known: nobody could tell whether they can ever run."""
     first_heard_at_ms: int | None = None
     """When the first site spoke in this process's life."""
     ticked_at_ms: int | None = None

@@ -21,8 +21,6 @@ History = list[JobChanged | AttemptChanged]
 def recover(store: Store, federation: FederationId, policy: PolicyConfig) -> MeshState:
     """Return the state as recorded: all that is open, what has still to be stopped, and the newest ended jobs."""
     state = MeshState(federation, policy_of(policy))
-    for site in store.sites():
-        evolve(state, SiteChanged(site_of(site)))
     batch: list[StoredJob] = []
     for stored in [
         *store.recent_ended_jobs(ENDED_IN_MEMORY)[::-1],
@@ -34,6 +32,8 @@ def recover(store: Store, federation: FederationId, policy: PolicyConfig) -> Mes
             _put(state, store, batch)
             batch = []
     _put(state, store, batch)
+    for site in store.sites():  # last: what is queued is judged again, see `MeshState.unjudged`
+        evolve(state, SiteChanged(site_of(site)))
     return state
 
 

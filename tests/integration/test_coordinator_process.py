@@ -21,6 +21,7 @@ import pytest_asyncio
 from edif_mesh.domain.attempt import AttemptStatus, Blame, Receipt
 from edif_mesh.domain.ids import Digest, JobId
 from edif_mesh.domain.job import Failure
+from edif_mesh.domain.site import ModelRef
 from edif_mesh.errors import EdifError, NoReplyError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.transport.nats_bus import Connection
@@ -132,6 +133,21 @@ async def test_an_acknowledged_order_survives_kill_9_and_its_grant_is_sent_again
     assert again.epoch >= first.epoch
     answer = await site.report(again, AttemptStatus.SUCCEEDED, manifest=a_manifest(site, again))
     assert answer.result_committed
+
+
+async def test_an_order_older_than_any_site_ends_also_when_the_coordinator_died_before_it_was_judged(
+    world: World,
+) -> None:
+    order = await world.ada.submit(model=ModelRef("nobody/has-this"))
+    await world.ada.until(order.job, "QUEUED")
+    await world.sites["ansbach"].advertise()
+    await world.rig.stop(signal.SIGKILL)
+    world.rig.write_config(policy="suspect_ms = 1000")
+    await world.rig.start()
+    world.beat("ansbach")
+    failed = await world.ada.until(order.job, "FAILED")
+    assert failed.failure is not None
+    assert failed.failure.text.startswith("No site of this mesh offers the model nobody/has-this.")
 
 
 async def test_a_result_reported_twice_and_across_a_crash_is_committed_once(world: World) -> None:

@@ -231,8 +231,8 @@ class World:
             return
         before = self.state
         self.state, self.up = MeshState(FederationId("sim"), self.policy), True
-        for change in self.record.values():
-            evolve(self.state, change)
+        for change in sorted(self.record.values(), key=lambda change: isinstance(change, SiteChanged)):
+            evolve(self.state, change)  # sites last, as the shell does
         evolve(self.state, TermChanged(self.epoch))
         if (self.state.jobs, set(self.state.active)) != (before.jobs, set(before.active)):
             self._fail(["what was recovered is not what was decided"])

@@ -122,29 +122,24 @@ def told_offline() -> bool:
 
 def hub_answers(within_s: float = 3) -> bool:
     """Whether the hub, or the mirror that HF_ENDPOINT names, can be reached."""
+    return _ask_hub("", within_s) is not None
+
+
+def _ask_hub(path: str, within_s: float) -> int | None:
+    """Return the status of a HEAD request; None when the hub cannot be reached."""
     import httpx
 
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
-        httpx.head(_hub(), timeout=within_s)
+        return httpx.head(f"{hub}{path}", timeout=within_s, follow_redirects=True).status_code
     except (httpx.HTTPError, httpx.InvalidURL, OSError):
-        return False
-    return True
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return None
 
 
 def _from_hub(cache: Path, progress: Progress) -> bool:
     """Download from the hub in a process of its own, when the hub answers within a few seconds."""
-    import httpx
-
     progress("asking the hub", 0.01)
-    try:
-        httpx.head(
-            f"{_hub()}/{DEMO_MODEL}/resolve/main/config.json", timeout=5, follow_redirects=True
-        ).raise_for_status()
-    except (httpx.HTTPError, OSError):
+    if _ask_hub(f"/{DEMO_MODEL}/resolve/main/config.json", 5) != 200:
         return False
     progress("downloading from the hub", 0.05)
     code = (

@@ -51,9 +51,9 @@ def order_received(draft: Draft, event: OrderReceived) -> None:
         submitted_at_ms=draft.now_ms,
         updated_at_ms=draft.now_ms,
     )
-    verdicts = verdicts_for(draft, job)
-    if verdicts and all(only_permanent(v) for v in verdicts):
-        _refuse(draft, order, *_never(draft, order, [r for v in verdicts for r in v.reasons]))
+    problem = _never(draft, job)
+    if problem is not None:
+        _refuse(draft, order, *problem)
         return
     draft.add_job(job)
     schedule(draft)
@@ -116,12 +116,9 @@ def end_hopeless(draft: Draft) -> None:
         job = draft.job(job_id)
         if job is None or job.status is not JobStatus.QUEUED:
             continue
-        verdicts = verdicts_for(draft, job)
-        if verdicts and all(only_permanent(v) for v in verdicts):
-            code, text = _unknown_model(draft, job.order) or _never(
-                draft, job.order, [r for v in verdicts for r in v.reasons]
-            )
-            _end(draft, job, JobStatus.FAILED, Failure(code, text), code)
+        problem = _never(draft, job)
+        if problem is not None:
+            _end(draft, job, JobStatus.FAILED, Failure(*problem), problem[0])
 
 
 def sites_are_known(state: MeshState, now_ms: int) -> bool:
@@ -182,20 +179,19 @@ def _problem(draft: Draft, order: Order) -> tuple[str, str] | None:
             f"The payload has {order.payload.size_bytes / 1e6:,.1f} MB; {policy.max_payload_bytes / 1e6:,.1f} MB are allowed. "
             "Do not capture large tensors in the traced block; build them inside it."
         )
-    return _unknown_model(draft, order)
-
-
-def _unknown_model(draft: Draft, order: Order) -> tuple[str, str] | None:
-    if not draft.state.sites:
-        return None
-    known = {o.repo_id for s in draft.sites() for o in s.advert.models}
-    if order.model.repo_id not in known:
-        offered = ", ".join(sorted(known)) or "none at all"
-        return "unknown_model", f"No site of this mesh offers the model {order.model.repo_id}. Offered are: {offered}."
     return None
 
 
-def _never(draft: Draft, order: Order, reasons: list[Failure]) -> tuple[str, str]:
+def _never(draft: Draft, job: JobRecord) -> tuple[str, str] | None:
+    """Why no known site will ever take the job: code and text; None when one may, or when none is known."""
+    verdicts = verdicts_for(draft, job)
+    if not verdicts or not all(only_permanent(v) for v in verdicts):
+        return None
+    wanted, known = job.order.model.repo_id, {o.repo_id for s in draft.sites() for o in s.advert.models}
+    if wanted not in known:
+        offered = ", ".join(sorted(known)) or "none at all"
+        return "unknown_model", f"No site of this mesh offers the model {wanted}. Offered are: {offered}."
+    reasons = [r for v in verdicts for r in v.reasons]
     code = "too_large" if any(r.code == "too_large" for r in reasons) else reasons[0].code
     listed = " ".join(dict.fromkeys(r.text for r in reasons))
     return code, f"No site can run this job as it is ordered. {listed}"

@@ -63,7 +63,7 @@ class MeshBackend:
         job = await mesh.prepare(payload, spec, on_line=lambda line: print(line, flush=True))
         self._job, self.job_id = job, job.id
         try:
-            await mesh.send(job, payload)
+            await mesh.send(job)
             return await job.result(on_update=self._on_update)
         finally:
             if job.printing is not None:

@@ -135,7 +135,7 @@ class Mesh:
         """
         job = await self.prepare(payload, spec, follow=follow)
         try:
-            await self.send(job, payload)
+            await self.send(job)
         except BaseException:
             await job.close()
             raise
@@ -186,13 +186,13 @@ class Mesh:
             raise
         return handle
 
-    async def send(self, job: Job, payload: bytes) -> None:
-        """Hand a prepared order and its payload to the broker, durably. Raises StoreFullError, TransportError."""
+    async def send(self, job: Job) -> None:
+        """Hand a prepared order and its payload to the broker, durably; once. Raises StoreFullError, TransportError."""
         envelope = self.outbox.order(job.id)
-        if envelope is None:
-            raise NotFoundError(f"There is no order of {job.id} in the outbox.")
+        if envelope is None or job.storing is None:
+            raise NotFoundError(f"There is no order of {job.id} that waits to be sent.")
         storing, job.storing = job.storing, None
-        await self._send_order(job.id, envelope, storing or put_payload(self.streams, job.id, payload))
+        await self._send_order(job.id, envelope, storing)
 
     def job(self, job: str) -> Job:
         """Return the handle of a job that was submitted earlier, here or elsewhere; raises NotFoundError for a bad id."""

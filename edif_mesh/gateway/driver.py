@@ -43,7 +43,7 @@ class Driver:
         job = await self._mesh.prepare(payload, spec, follow=bool(session), on_line=printed if session else None)
         text = "Your order is signed and on its way."
         try:
-            await self._mesh.send(job, payload)
+            await self._mesh.send(job)
         except StoreFullError:
             self._mesh.outbox.withdrawn(job.id)
             await job.close()

@@ -91,7 +91,6 @@ class Runner:
 
     def warm_up(self) -> None:
         """Have a waiting child run the warm-up trace, before `run`; done by itself when it is not used at once."""
-        self._stay_cold()
         with contextlib.suppress(OSError):
             self._sock.send(pack(Kind.WARM))
 

@@ -99,8 +99,8 @@ class SiteAgent:
                 tell=self.loop.handle,
             )
         )
-        self.loop.prepare = lambda effect: self._attempts.prepare(effect.held)
-        self.loop.withdraw = lambda effect: self._attempts.withdraw(effect.held)
+        self.loop.prepare = lambda effect: self._attempts.start(effect.held)
+        self.loop.withdraw = lambda effect: self._attempts.kill(effect.held.key, "it could not be accepted")
         self._tasks: list[asyncio.Task[None]] = []
         self._subscription: Subscription | None = None
 

@@ -79,24 +79,16 @@ class Attempts:
         self._with = equipment
         self._running: dict[AttemptKey, AttemptTask] = {}
 
-    def prepare(self, held: Held) -> None:
-        """Begin while the acceptance is still being recorded: nothing is told or stored before `start`. Idempotent.
+    def start(self, held: Held) -> None:
+        """Run an attempt; its events follow. Idempotent.
 
-        Should the agent die before it is recorded, the runner dies with it, and nobody has heard of it.
+        It may begin inside the turn of the loop that records its acceptance: its first event, and with it all that it
+        stores and sends, waits for the end of that turn. Should the agent die before, the runner dies with it.
         """
         if held.key not in self._running:
             attempt = AttemptTask(held, self._with)
             self._running[held.key] = attempt
             attempt.task.add_done_callback(lambda _: self._running.pop(held.key, None))
-
-    def start(self, held: Held) -> None:
-        """Run an accepted attempt; its events follow. Idempotent."""
-        self.prepare(held)
-        self._running[held.key].accepted.set()
-
-    def withdraw(self, held: Held) -> None:
-        """The acceptance could not be recorded: end what `prepare` has begun."""
-        self.kill(held.key, "it could not be accepted")
 
     def kill(self, key: AttemptKey, reason: str) -> None:
         """End it at once; the core has already said its last word."""
@@ -121,8 +113,6 @@ class AttemptTask:
 
     def __init__(self, held: Held, equipment: Equipment) -> None:
         self._held, self._with = held, equipment
-        self.accepted = asyncio.Event()
-        """Until it is set nothing leaves here: no event, no line, no chunk."""
         self._runner: Runner | None = None
         self._logs = LogSender(held.key, equipment.site, equipment.key, equipment.streams)
         self._spool = Spool(equipment.spool_dir)
@@ -163,7 +153,7 @@ class AttemptTask:
             payload = await self._with.cargo.payload(held.job, held.order.payload)
             self._runner = await lending
         except ChunkError as error:
-            await self._tell(PayloadRefused(held.key, Failure("payload_mismatch", str(error))))
+            await self._with.tell(PayloadRefused(held.key, Failure("payload_mismatch", str(error))))
             self._runner = await lending
             return
         finally:
@@ -172,10 +162,10 @@ class AttemptTask:
         if receipt is None:
             return
         log.info("attempt computed", extra={"job": held.job, "attempt": held.attempt, "bytes": receipt.result_bytes})
-        await self._tell(AttemptComputed(held.key))
+        await self._with.tell(AttemptComputed(held.key))
         assert self._upload is not None
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
-        await self._tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
+        await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
 
     async def _compute_once_started(self, payload: bytes) -> Receipt | None:
         """As `_compute`, with another runner when a waiting one had died before it took the payload."""
@@ -199,7 +189,7 @@ class AttemptTask:
                 match event:
                     case RunnerStarted():
                         started = True
-                        await self._tell(AttemptStarted(key))
+                        await self._with.tell(AttemptStarted(key))
                     case RunnerLog(text):
                         self._logs.add(text)
                     case ResultOpened():
@@ -244,11 +234,7 @@ class AttemptTask:
         return seal(manifest, self._with.key)
 
     async def _fail(self, failure: Failure, blame: Blame, receipt: Receipt | None = None) -> None:
-        await self._tell(AttemptFailed(self._held.key, failure, blame, receipt))
-
-    async def _tell(self, event: Event) -> None:
-        await self.accepted.wait()
-        await self._with.tell(event)
+        await self._with.tell(AttemptFailed(self._held.key, failure, blame, receipt))
 
 
 def _most_payload(order: Order) -> int:

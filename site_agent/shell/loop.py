@@ -1,8 +1,7 @@
 """The single-writer loop: decide, record, evolve, act. Every event of the agent passes here, one at a time.
 
 Two things need not wait for the disk. A runner may begin: until its acceptance is recorded nothing of it leaves the
-process. And a report may leave: if the process dies before it is recorded, the next one reports the attempt lost, which
-ends nothing that the coordinator has recorded from the first.
+process. And a report of progress may leave; a last word waits, because the next life of the agent must not contradict it.
 """
 
 from __future__ import annotations
@@ -59,8 +58,9 @@ class AgentLoop:
             decision = decide(event, self.state, now)
             needs_record = isinstance(event, GrantReceived | BadOrderReceived)
             starting = [effect for effect in decision.act if isinstance(effect, StartAttempt)]
-            reports = [effect for effect in decision.act if isinstance(effect, SendReport) and not needs_record]
-            for report in reports:
+            progress = [e for e in decision.act if isinstance(e, SendReport) and not e.report.status.terminal]
+            early = [] if needs_record else progress
+            for report in early:
                 self._act(report)
             for start in starting:
                 self.prepare(start)
@@ -72,7 +72,7 @@ class AgentLoop:
             for change in decision.record:
                 evolve(self.state, change)
             for effect in decision.act:
-                if effect not in reports:
+                if effect not in early:
                     self._act(effect)
             return decision.refusal
 

@@ -176,7 +176,8 @@ def _execute(tracer: Any) -> dict[str, Any]:
     try:
         tracer.execute(tracer.info.code)
         saved = _saves()
-        return {name: value for name, value in tracer.info.frame.f_locals.items() if id(value) in saved}
+        # By name: nnsight's own order follows the string hash of the client's process, and an archive should not.
+        return {name: value for name, value in sorted(tracer.info.frame.f_locals.items()) if id(value) in saved}
     finally:
         dec()
 

@@ -137,7 +137,7 @@ def test_submitted_jobs_are_listed_shown_explained_and_fetched(
     fetched = mesh.edif("fetch", submitted, "-o", str(target))
     assert fetched.returncode == 0, fetched.stderr
     assert "verified" in fetched.stdout
-    assert "Left out, because they are no tensors: words, save" in fetched.stdout
+    assert "Left out, because they are no tensors: save, words" in fetched.stdout
     assert torch.equal(load_file(target)["logits"], expected)
 
     everything = tmp_path / "result.edif"

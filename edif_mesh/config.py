@@ -9,7 +9,7 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -128,6 +128,13 @@ class SiteConfig:
     """The most that an order may ask for here."""
     advert_ms: int = 5_000
     log_level: str = "INFO"
+    sandbox: Literal["auto", "base", "namespaced", "strict"] = "auto"
+    """The profile that runners get; `auto`: the strongest that passes its self-test on this machine."""
+    least_sandbox: Literal["base", "namespaced", "strict"] = "base"
+    """This site runs nothing rather than under a weaker profile."""
+    sandbox_command: tuple[str | tuple[str, ...], ...] = ()
+    """For `strict`: the runtime in which model hosts start, a command that ends where theirs begins. A part with
+    `{readable}` (a text, or a list of texts) is repeated for every folder that a host must be able to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +153,8 @@ class ClientConfig:
     gateway_port: int = 8001
     monitor_url: str = ""
     """The coordinator's web page, shown by `edif status`."""
+    sandbox: Literal["", "base", "namespaced", "strict"] = ""
+    """The least sandbox profile that every order of ours demands; empty: the site's own choice."""
 
 
 def home() -> Path:

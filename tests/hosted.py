@@ -42,10 +42,12 @@ class Run:
 
 
 @contextlib.asynccontextmanager
-async def tiny_host(ready: int = 1) -> AsyncIterator[ModelHost]:
-    """A host of the tiny model; closed at the end."""
+async def tiny_host(ready: int = 1, **settings: Any) -> AsyncIterator[ModelHost]:
+    """A host of the tiny model, by default under the weakest profile; closed at the end. `settings` as in HostSettings."""
     models.tiny_gpt2()
-    host = await ModelHost.start(ModelSpec(models.TINY), HostSettings(ready_children=ready, hf_cache=models.cache()))
+    host = await ModelHost.start(
+        ModelSpec(models.TINY), HostSettings(ready_children=ready, hf_cache=models.cache(), **settings)
+    )
     try:
         yield host
     finally:

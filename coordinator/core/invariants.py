@@ -18,6 +18,7 @@ from coordinator.core.state import (
 from edif_mesh.domain.attempt import ATTEMPT_TRANSITIONS
 from edif_mesh.domain.ids import AttemptNumber, JobId
 from edif_mesh.domain.job import JOB_TRANSITIONS, JobStatus
+from edif_mesh.domain.site import confines
 
 
 def broken_by(decision: Decision, before: MeshState) -> list[str]:
@@ -27,6 +28,7 @@ def broken_by(decision: Decision, before: MeshState) -> list[str]:
     found = [text for job in jobs.values() for text in _job(job, before)]
     found += [text for attempt in attempts.values() for text in _attempt(attempt, before, attempts, jobs)]
     found += list(_room(before, attempts))
+    found += [text for attempt in attempts.values() for text in _sandbox(attempt, before, jobs)]
     moved = sum(_moved_job(job, before) for job in jobs.values())
     moved += sum(_moved_attempt(attempt, before) for attempt in attempts.values())
     told = sum(1 for c in decision.record if isinstance(c, Audited) and (c.what.startswith(("job ", "attempt "))))
@@ -91,6 +93,15 @@ def _room(before: MeshState, attempts: dict[AttemptKey, AttemptRecord]) -> Itera
         slots = record.advert.slots if record is not None else None
         if slots is not None and len(active) > slots and any(k not in before.attempts for k in active):
             yield f"{site} has {slots} slots and {len(active)} attempts"
+
+
+def _sandbox(attempt: AttemptRecord, before: MeshState, jobs: dict[JobId, JobRecord]) -> Iterator[str]:
+    """No attempt is made at a site whose sandbox is weaker than the order demands."""
+    job, site = jobs.get(attempt.job) or before.jobs.get(attempt.job), before.sites.get(attempt.site)
+    if job is None or site is None or (attempt.job, attempt.attempt) in before.attempts:
+        return
+    if not confines(site.advert.sandbox, job.order.sandbox):
+        yield f"{attempt.job} demands {job.order.sandbox or 'a sandbox'} and was placed at {site.site} ({site.advert.sandbox or 'none'})"
 
 
 def _moved_job(job: JobRecord, before: MeshState) -> int:

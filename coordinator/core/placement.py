@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from coordinator.core.state import JobRecord, SiteRecord
 from edif_mesh.domain.job import Failure
-from edif_mesh.domain.site import ModelOffer, ModelState, SiteStatus
+from edif_mesh.domain.site import ModelOffer, ModelState, SiteStatus, confines
 from edif_mesh.wire.messages import Order, SiteVerdict
 
 PERMANENT = frozenset({"audience", "model", "revision", "dtype", "task", "versions", "limits", "too_large", "sandbox"})
@@ -98,6 +98,11 @@ def _reasons(order: Order, record: SiteRecord, free_slots: int, free_memory_byte
         )
     if not advert.sandbox:
         yield Failure("sandbox", f"{site} cannot confine runners, so it runs nothing.")
+    elif not confines(advert.sandbox, order.sandbox):
+        yield Failure(
+            "sandbox",
+            f"{site} confines runners by the profile {advert.sandbox}; your order demands {order.sandbox[:40]} at least.",
+        )
     if record.status in (SiteStatus.CORDONED, SiteStatus.DRAINING):
         yield Failure("cordoned", f"{site} takes no new work at present ({record.status.value.lower()}).")
     if record.status in (SiteStatus.SUSPECT, SiteStatus.LOST) or record.disconnected_at_ms is not None:

@@ -96,7 +96,7 @@ def _better_waits(draft: Draft, job: JobRecord, verdicts: tuple[SiteVerdict, ...
 def _shape(job: JobRecord) -> tuple[object, ...]:
     """What decides whether a site fits, without the job's own name: equal shapes get equal answers in one pass."""
     order = job.order
-    return (order.model, order.audience, order.limits, order.client.nnsight, job.tried)
+    return (order.model, order.audience, order.limits, order.client.nnsight, order.sandbox, job.tried)
 
 
 def _grant(draft: Draft, job: JobRecord, best: SiteVerdict, verdicts: tuple[SiteVerdict, ...]) -> bool:

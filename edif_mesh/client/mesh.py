@@ -75,6 +75,8 @@ class JobSpec:
     job_class: JobClass = JobClass.INTERACTIVE
     max_attempts: int = 8
     valid_ms: int = DEFAULT_VALID_MS
+    sandbox: str = ""
+    """The least sandbox profile; empty: what the client's settings demand."""
 
 
 class Mesh:
@@ -171,6 +173,7 @@ class Mesh:
             limits=spec.limits,
             job_class=spec.job_class,
             name=spec.name,
+            sandbox=spec.sandbox or self.config.sandbox,
         )
         envelope = seal(order, self.key)
         handle = Job(self, job, envelope_digest(envelope))

@@ -16,6 +16,29 @@ class SiteStatus(StrEnum):
     LOST = "LOST"
 
 
+class SandboxProfile(StrEnum):
+    """How a site confines strangers' code, from the weakest to the strongest; each holds what the one before it holds."""
+
+    BASE = "base"
+    """Landlock, seccomp, limits, no new privileges, no descriptors, no environment; needs neither root nor namespaces."""
+    NAMESPACED = "namespaced"
+    """In addition user, mount, network, pid and IPC namespaces."""
+    STRICT = "strict"
+    """In addition the site's own container runtime around the model host."""
+
+    def holds(self, least: str) -> bool:
+        """Return whether this profile is at least `least`; "" demands nothing, and a name unknown here is held by none."""
+        order = list(SandboxProfile)
+        return least == "" or (least in order and order.index(self) >= order.index(SandboxProfile(least)))
+
+
+def confines(advertised: str, least: str) -> bool:
+    """Return whether a site that advertises `advertised` ("" when it cannot confine) may run an order that demands `least`."""
+    if advertised not in list(SandboxProfile):
+        return advertised != "" and least == ""
+    return SandboxProfile(advertised).holds(least)
+
+
 class ModelState(StrEnum):
     """What a site can say of a model in its catalogue."""
 

@@ -130,9 +130,14 @@ def _parts(text: str) -> tuple[str, bytes, KeyId, bytes]:
 
 def _base64(text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise WireError("This is no envelope: bad base64.") from error
+    if (
+        base64.b64encode(data).decode() != text
+    ):  # unused bits of the last letter: one order must have one text, one digest
+        raise WireError("This is no envelope: its base64 is not in the one form that there is.")
+    return data
 
 
 def _refuse_type(kind: str, wanted: str) -> None:

@@ -78,6 +78,8 @@ class Order:
     """The user a shared gateway acts for; empty when the signer is the user."""
     name: str = ""
     """The researcher's own label, for lists."""
+    sandbox: str = ""
+    """The least sandbox profile (`base`, `namespaced`, `strict`) under which this may run; empty: any."""
     kind: Literal["order"] = "order"
 
 

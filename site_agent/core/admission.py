@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from edif_mesh.domain.ids import Digest
 from edif_mesh.domain.job import Failure
-from edif_mesh.domain.site import ModelState, SiteStatus
+from edif_mesh.domain.site import ModelState, SiteStatus, confines
 from edif_mesh.wire.messages import Grant, Order, Role
 from site_agent.core.events import GrantReceived, Signer
 from site_agent.core.state import Now, State
@@ -163,6 +163,11 @@ def _capacity(order: Order, state: State) -> Failure | None:
         return Failure("not_active", f"This site is {state.status} and starts nothing.")
     if not state.sandbox:
         return Failure("no_sandbox", "The sandbox of this site failed its self-test; it runs nothing.")
+    if not confines(state.sandbox, order.sandbox):
+        return Failure(
+            "weak_sandbox",
+            f"This site confines runners by the profile {state.sandbox}; the order demands {order.sandbox[:40]} at least.",
+        )
     if state.free_slots < 1:
         return Failure("no_free_slot", f"All {state.policy.slots} slots of this site are taken.")
     if order.limits.memory_bytes > state.free_memory_bytes:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.errors import ModelLoadError, RunnerError
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.supervisor import Runner
@@ -33,6 +34,10 @@ class HostSettings:
     offline: bool = True
     load_timeout_s: float = 1800.0
     log_file: Path | None = None
+    sandbox: SandboxProfile = SandboxProfile.BASE
+    """What its runners get; one that passed its self-test (`selftest.choose`)."""
+    sandbox_command: tuple[str | tuple[str, ...], ...] = ()
+    """For STRICT: see `SiteConfig.sandbox_command`."""
 
 
 class ModelHost:

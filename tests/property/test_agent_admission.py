@@ -80,6 +80,7 @@ orders = st.builds(
     ),
     audience=st.builds(Audience, maybe((), (SITE,), (SiteId("x"),)), maybe((), ("DE", "FR"), ("de",), ("FR",))),
     max_attempts=st.integers(-1, 5),
+    sandbox=maybe("", "base", "namespaced", "x"),
     limits=st.builds(
         Limits, st.integers(-1, 700_000), st.integers(-1, 5 * GIB), st.integers(0, 9 * GIB), st.integers(0, 2 << 20)
     ),
@@ -114,6 +115,7 @@ def test_what_starts_fulfils_every_demand(
         order.not_before_ms <= NOW.wall_ms + SKEW_MS,
         order.expires_at_ms > NOW.wall_ms - SKEW_MS,
         order.expires_at_ms - order.not_before_ms <= 7 * 86_400_000,
+        order.sandbox in ("", "base"),
         not order.audience.sites or SITE in order.audience.sites,
         not order.audience.countries or "DE" in [code.upper() for code in order.audience.countries],
         order.model.repo_id == "m/tiny",

@@ -389,7 +389,7 @@ class World:
             site=site.name, boot=site.boot, sequence=site.adverts, issued_at_ms=self.now_ms, valid_ms=LEASE_MS, status=site.status,
             country="DE", slots=site.slots, free_slots=site.slots, memory_bytes=64 << 30, free_memory_bytes=64 << 30, devices=(),
             models=(ModelOffer("m", "r", "text-generation", "float32", ModelState.LOADED, 1, 1),), versions=Versions(nnsight="0.8.1"),
-            limits=Limits(), sandbox="base",
+            limits=Limits(), sandbox="namespaced" if site is next(iter(self.sites.values())) else "base",
             attempts=tuple(AttemptRef(*key, AttemptStatus.RUNNING) for key in site.held),
         )  # fmt: skip
         sent_at = self.now_ms
@@ -471,6 +471,7 @@ class World:
                 FederationId("sim"), job, "n", self.now_ms, self.now_ms, expires, PayloadRef(digest, 1),
                 ModelRef("m" if self.random.random() < 0.97 else "unknown"), Versions(nnsight="0.8.1"),
                 limits=Limits(memory_bytes=1 << 20), max_attempts=self.random.choice((2, 8)),
+                sandbox="namespaced" if digest[0] in "012" else "",
             )  # fmt: skip
             waiting.append(job)
         for job in waiting:  # the stream delivers an order until it is recorded

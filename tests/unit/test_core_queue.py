@@ -102,6 +102,18 @@ def test_a_loaded_model_goes_before_one_that_has_to_be_loaded() -> None:
     assert desk.attempt(desk.orders()).site == B
 
 
+def test_an_order_never_runs_below_the_sandbox_that_it_demands() -> None:
+    desk = Desk()
+    desk.advert(A, sandbox="base")
+    desk.advert(B, sandbox="namespaced", slots=1)
+    first, second = (desk.orders(number, sandbox="namespaced") for number in (1, 2))
+    assert desk.attempt(first).site == B
+    assert desk.job(second).status is JobStatus.QUEUED
+    codes = {v.site: [r.code for r in v.reasons] for v in desk.sees(second, explain=True).why}
+    assert codes == {A: ["sandbox"], B: ["no_slot"]}
+    assert desk.attempt(desk.orders(3)).site == A
+
+
 @pytest.mark.parametrize(
     ("advert", "order", "code"),
     [
@@ -115,6 +127,8 @@ def test_a_loaded_model_goes_before_one_that_has_to_be_loaded() -> None:
         ({"limits": Limits(wall_ms=1000)}, {}, "limits"),
         ({"memory_bytes": 1 << 30}, {}, "too_large"),
         ({"sandbox": ""}, {}, "sandbox"),
+        ({"sandbox": "base"}, {"sandbox": "namespaced"}, "sandbox"),
+        ({"sandbox": "strict"}, {"sandbox": "stricter"}, "sandbox"),
         ({}, {"expires_at_ms": T0 + 1}, "expired"),
         ({}, {"issued_at_ms": T0 + 10**9, "expires_at_ms": T0 + 10**9 + 1}, "window"),
         ({}, {"federation": "another"}, "federation"),

@@ -98,14 +98,25 @@ class RunningMesh:
 
 @contextlib.contextmanager
 def running_mesh(
-    home: Path, *models: str, sites: int = 2, slots: int = 2, lease_ms: int = 30_000
+    home: Path,
+    *models: str,
+    sites: int = 2,
+    slots: int = 2,
+    lease_ms: int = 30_000,
+    sandbox: str = "auto",
+    through: tuple[str, ...] = (),
+    settings: dict[str, str] | None = None,
 ) -> Iterator[RunningMesh]:
-    """Start a mesh with `models`, and stop it; nothing of it is left behind."""
+    """Start a mesh with `models`, and stop it; nothing of it is left behind.
+
+    `through` is a command that starts the rest of its line (as another user); `settings` go into its environment.
+    """
     gateway, monitor = free_port(), free_port()
     options = ["--sites", str(sites), "--port", str(gateway), "--monitor-port", str(monitor), "--slots", str(slots)]
     options += [part for model in models for part in ("--model", model)]
-    command = [sys.executable, "-m", "edif_mesh.cli", "up", "--detach", "--state", str(home), *options]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=170)
+    options += ["--sandbox", sandbox]
+    command = [*through, sys.executable, "-m", "edif_mesh.cli", "up", "--detach", "--state", str(home), *options]
+    done = subprocess.run(command, env=environment(**settings or {}), capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
     mesh = RunningMesh(home, f"http://127.0.0.1:{gateway}", f"http://127.0.0.1:{monitor}", models)
     mesh.remember_processes()

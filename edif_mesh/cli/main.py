@@ -40,6 +40,9 @@ def up(
     port: Annotated[int, typer.Option(help="Port of the gateway on 127.0.0.1.")] = 8001,
     monitor_port: Annotated[int, typer.Option(help="Port of the coordinator's web page on 127.0.0.1.")] = 8002,
     slots: Annotated[int, typer.Option(min=1, help="Jobs at once at each site.")] = 2,
+    sandbox: Annotated[
+        str, typer.Option(help="How sites confine jobs: base, namespaced, strict, or auto, the strongest that holds here.")
+    ] = "auto",
     state: State = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return when it is ready; stop it later with `edif down`.")
@@ -56,6 +59,7 @@ def up(
         port=port,
         monitor_port=monitor_port,
         slots=slots,
+        sandbox=sandbox,
         state=state,
         detach=detach,
         json=json,

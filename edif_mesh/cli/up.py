@@ -27,13 +27,14 @@ def run_up(
     port: int,
     monitor_port: int,
     slots: int,
+    sandbox: str,
     state: Path | None,
     detach: bool,
     json: bool,
 ) -> int:
     """Start, say so in one line, keep it alive until asked to stop."""
     home = (state or default_home()).expanduser().absolute()
-    settings = LocalSettings(home, sites, _resolve(models), port, monitor_port, slots)
+    settings = LocalSettings(home, sites, _resolve(models), port, monitor_port, slots, sandbox=sandbox)
     if detach:
         return _detach(settings, models, json)
     with lock_home(home):  # before anything is written there: another mesh may run on it
@@ -111,6 +112,7 @@ def _detach(settings: LocalSettings, models: tuple[str, ...], json: bool) -> int
     log = home / "logs" / "up.log"
     command = [sys.executable, "-m", "edif_mesh.cli", "up", "--json", "--state", str(home)]
     command += ["--sites", str(settings.sites), "--slots", str(settings.slots)]
+    command += ["--sandbox", settings.sandbox]
     command += ["--port", str(settings.gateway_port), "--monitor-port", str(settings.monitor_port)]
     command += [part for name in models for part in ("--model", name)]
     with log.open("wb") as file:

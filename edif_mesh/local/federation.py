@@ -46,6 +46,7 @@ class LocalSettings:
     ready_children: int = 2
     lease_ms: int = 30_000
     advert_ms: int = 5_000
+    sandbox: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,7 @@ country = 'DE'
 slots = {settings.slots}
 ready_children = {settings.ready_children}
 advert_ms = {settings.advert_ms}
+sandbox = {json.dumps(settings.sandbox)}
 {f"hf_cache = {json.dumps(str(cache))}" if cache else ""}
 {_broker(federation, "site", "../../secrets")}
 {models}""",

@@ -19,7 +19,7 @@ from edif_mesh.errors import ModelLoadError, RunnerError
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.supervisor import Runner
 
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
+_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
 _SOCKET_BUFFER = 4 << 20
 _SETUP_FAILURES = 3
 _READY_S = 60.0

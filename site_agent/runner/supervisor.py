@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import time
@@ -304,6 +305,8 @@ class Runner:
             status = await asyncio.wait_for(asyncio.shield(self.exited), 2)
         except TimeoutError:
             status = None
+        if status is None and not self._is_dead():
+            return "protocol", "The runner closed its socket and ran on; it was stopped."
         if status is None:
             return "host_lost", "The model's host process died under the job."
         if status == -signal.SIGXCPU:
@@ -312,6 +315,11 @@ class Runner:
             return "runner_crashed", "The runner was killed from outside (SIGKILL), most likely because memory ran out."
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
         return "runner_crashed", f"The runner died without a result ({name})."
+
+    def _is_dead(self) -> bool:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)  # readable once it has ended
+        return bool(poll.poll(0))
 
     def _signal(self) -> None:
         if self._pidfd >= 0:

@@ -60,7 +60,7 @@ def main() -> None:
     _libc.mount(b"proc", b"/proc", b"proc", 0, None)
     _loopback()
     world = World(folder)
-    print(json.dumps({attempt.name: world.suffer(attempt) for attempt in EVERY}), flush=True)
+    print(json.dumps({attempt.name: world.suffer(attempt) for attempt in EVERY if not attempt.harmless}), flush=True)
 
 
 def _loopback() -> None:
@@ -107,6 +107,8 @@ class World:
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
+        for place in ("/tmp", "/dev/shm"):
+            Path(place, f"edif-escape-{self.tcp.getsockname()[1]}").unlink(missing_ok=True)
         for entry in self.scratch.iterdir():
             entry.rmdir() if entry.is_dir() else entry.unlink()
         return {"outcome": outcome, "killed": killed}

@@ -7,8 +7,8 @@ _FOLDER = "os.path.dirname(os.path.realpath(os.__file__))"
 
 WRITES = (
     A("write where anybody may", "open(SCRATCH + '/left', 'w').write('x')", "EACCES"),
-    A("write to /tmp", "open('/tmp/edif-escape', 'w').write('x')", "EACCES"),
-    A("write to /dev/shm", "open('/dev/shm/edif-escape', 'w').write('x')", "EACCES"),
+    A("write to /tmp", "open(f'/tmp/edif-escape-{PORT}', 'w').write('x')", "EACCES"),
+    A("write to /dev/shm", "open(f'/dev/shm/edif-escape-{PORT}', 'w').write('x')", "EACCES"),
     A("write without a name", "os.open(SCRATCH, os.O_TMPFILE | os.O_RDWR)", "EACCES"),
     A("change a file of others", "open(TARGET, 'r+').write('x')", "EACCES"),
     A("append to a file of others", "open(TARGET, 'a').write('x')", "EACCES"),

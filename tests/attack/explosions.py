@@ -24,6 +24,7 @@ from tests.attack.corpus.state import REFERENCE, STATE
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = 1024
+_PATIENCE_S = 5
 
 
 def explosions() -> dict[str, str]:
@@ -111,6 +112,7 @@ def _reaches_the_next(script: str, model: Any, expected: str) -> bool:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        signal.alarm(_PATIENCE_S)  # a change may have the next job hang: that is harm too
         with contextlib.suppress(BaseException):
             exec(script, {"model": model})
         said = "broken"

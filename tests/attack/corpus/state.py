@@ -21,6 +21,7 @@ STATE = {
 
 REFERENCE = """
 import hashlib, json, os, torch
+import nnsight.schema.request, nnsight.tracing.tracer
 digest = hashlib.sha256()
 for parameter in model._module.parameters():
     digest.update(parameter.detach().contiguous().numpy().tobytes())
@@ -34,6 +35,7 @@ outcome = json.loads(json.dumps({
     "vocabulary": len(model.tokenizer),
     "dtype": str(torch.zeros(1).dtype),
     "training": model._module.training,
+    "nnsight": [nnsight.tracing.tracer._saves.__name__, nnsight.schema.request.RequestModel.deserialize.__qualname__],
     "linear": torch.nn.Linear.forward.__qualname__,
 }))
 """

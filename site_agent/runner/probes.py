@@ -1,9 +1,10 @@
 """What the self-test tries from inside: forbidden things, each of which must be refused, at each layer without the next.
 
 Run by `selftest` as `python -m site_agent.runner.probes FD PROFILE`, on the same path as a model host: the same
-enclosure, the same fork, the same `confine`. Three children are tried, so that one layer cannot hide that another is open:
+enclosure, the same fork, the same `confine`. Several children try, so that one layer cannot hide that another is open:
 
-- `walls`: in all namespaces, withdrawn, and nothing sealed (only where there are namespaces, or a runtime around us);
+- `runtime` (STRICT): withdrawn, in what the site's own runtime is by itself;
+- `walls` (NAMESPACED): withdrawn, in all our namespaces, and nothing sealed;
 - `files`: Landlock alone;
 - `sealed`: confined as a runner is.
 
@@ -46,7 +47,7 @@ NAMESPACES = ("net", "ipc", "mnt", "pid", "user")
 LAYERS = {
     SandboxProfile.BASE: ("files", "sealed"),
     SandboxProfile.NAMESPACED: ("walls", "files", "sealed"),
-    SandboxProfile.STRICT: ("walls", "files", "sealed"),
+    SandboxProfile.STRICT: ("runtime", "files", "sealed"),
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -79,28 +80,42 @@ def main() -> None:
     try:
         bait = Bait(**json.loads(control.recv(64 << 10)))
         enclosure = Enclosure(profile)
+        own = os.open(
+            "/proc/self/ns", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        )  # open to the end: no child may hold it
+        if profile is SandboxProfile.STRICT:
+            _say_namespaces(control, own)
+            plain = SandboxSettings(bait.readable)
+            _child(Enclosure(SandboxProfile.BASE).fork, control, lambda n: _walls(control, plain, bait, n, "runtime"))
         enclosure.enter()
         settings = settings_for(bait.readable, namespaces=enclosure.active)
-        own = os.open("/proc/self/ns", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if profile is not SandboxProfile.STRICT:
+            os.close(own)
+            own = os.open("/proc/self/ns", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         enclosure.close_off(settings.readable)
-        _say(control, {"namespaces": {name: os.readlink(name, dir_fd=own) for name in NAMESPACES}})
-        os.close(own)
+        if profile is not SandboxProfile.STRICT:
+            _say_namespaces(control, own)
         outside = {"agent": bait.agent, "host": os.getpid()}
-        if profile is not SandboxProfile.BASE:
-            _child(enclosure, control, lambda n: _walls(control, settings, bait, n))
-        _child(enclosure, control, lambda n: _files(control, settings, bait))
-        _child(enclosure, control, lambda n: _sealed(control, settings, bait, outside, n))
+        if profile is SandboxProfile.NAMESPACED:
+            _child(enclosure.fork, control, lambda n: _walls(control, settings, bait, n, "walls"))
+        _child(enclosure.fork, control, lambda n: _files(control, settings, bait))
+        _child(enclosure.fork, control, lambda n: _sealed(control, settings, bait, outside, n))
         _say(control, {"end": True})
     except (SandboxError, OSError) as error:
         _say(control, {"error": str(error)})
     os._exit(0)
 
 
-def _child(enclosure: Enclosure, control: socket.socket, work: Callable[[int], None]) -> None:
-    pid, number = enclosure.fork()
+def _say_namespaces(control: socket.socket, folder: int) -> None:
+    _say(control, {"namespaces": {name: os.readlink(name, dir_fd=folder) for name in NAMESPACES}})
+
+
+def _child(fork: Callable[[], tuple[int, int]], control: socket.socket, work: Callable[[int], None]) -> None:
+    pid, number = fork()
     if pid == 0:
         status = 1
         try:
+            die_with_parent()
             work(number)
             status = 0
         except (SandboxError, OSError) as error:
@@ -122,14 +137,14 @@ def _say(control: socket.socket, message: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------ layers
 
 
-def _walls(control: socket.socket, settings: SandboxSettings, bait: Bait, number: int) -> None:
+def _walls(control: socket.socket, settings: SandboxSettings, bait: Bait, number: int, layer: str) -> None:
     withdraw(settings, control.fileno(), number)
     probes: list[Probe] = [
         ("read a file of the agent", lambda: _read(bait.canary)),
         ("see that a file of the agent is there", lambda: os.stat(bait.canary)),
         ("write where the agent may", lambda: _write(bait.folder)),
         ("write to the root folder", lambda: _write("/")),
-        ("reach a port on this machine", lambda: socket.create_connection(("127.0.0.1", bait.port), 2)),
+        ("reach a port on this machine", lambda: _connect(bait.port)),
         ("reach an abstract socket of the agent", lambda: _connect_abstract(bait.abstract)),
         ("find the agent's process", lambda: _same_process(bait.agent)),
         ("see the machine in /sys", lambda: os.listdir("/sys")),
@@ -138,7 +153,7 @@ def _walls(control: socket.socket, settings: SandboxSettings, bait: Bait, number
     ]
     if settings.namespaces:  # a runtime around us may show its own processes
         probes.append(("see processes", lambda: os.listdir("/proc")))
-    _say(control, {"layer": "walls", "tried": len(probes), "through": _tried(probes, _ABSENT)})
+    _say(control, {"layer": layer, "tried": len(probes), "through": _tried(probes, _ABSENT)})
 
 
 def _files(control: socket.socket, settings: SandboxSettings, bait: Bait) -> None:
@@ -156,7 +171,7 @@ def _files(control: socket.socket, settings: SandboxSettings, bait: Bait) -> Non
         ("read its parent's environment", lambda: _read(f"/proc/{bait.agent}/environ")),
     ]
     if landlock_abi() >= 4:
-        probes.append(("reach a port on this machine", lambda: socket.create_connection(("127.0.0.1", bait.port), 2)))
+        probes.append(("reach a port on this machine", lambda: _connect(bait.port)))
     if landlock_abi() >= 6:
         probes.append(("reach an abstract socket of the agent", lambda: _connect_abstract(bait.abstract)))
         probes.append(("signal the agent", lambda: os.kill(bait.agent, 0)))
@@ -231,6 +246,11 @@ def _write(folder: str) -> None:
     path = f"{folder}/made-by-a-runner"
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     os.unlink(path)
+
+
+def _connect(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.connect(("127.0.0.1", port))
 
 
 def _connect_abstract(name: str) -> None:

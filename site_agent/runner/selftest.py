@@ -14,10 +14,9 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 from edif_mesh.config import SiteConfig
 from edif_mesh.domain.site import SandboxProfile
@@ -85,10 +84,11 @@ def try_profile(
         return "no sandbox_command is configured, which would name the runtime around model hosts."
     try:
         demand_kernel()
-        with _laid_out() as bait, _started(profile, runtime, probes) as (control, process):
+        with _laid_out() as bait, _started(profile, runtime, probes) as (control, started):
             control.settimeout(patience_s)
-            control.sendall(json.dumps(asdict(bait)).encode())
-            return _judge(profile, control, process)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                control.sendall(json.dumps(asdict(bait)).encode())
+            return _judge(profile, control, started)
     except TimeoutError:
         return f"its self-test did not end within {patience_s:.0f} s."
     except (SandboxError, OSError) as error:
@@ -140,31 +140,47 @@ def _laid_out() -> Iterator[Bait]:
 
 
 @contextlib.contextmanager
-def _started(
-    profile: SandboxProfile, runtime: Runtime, probes: str
-) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+def _started(profile: SandboxProfile, runtime: Runtime, probes: str) -> Iterator[tuple[socket.socket, _Started]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     around = runtime if profile is SandboxProfile.STRICT else ()
     command = host_command(probes, (str(theirs.fileno()), profile), around, host_folders(interpreter_folders()))
-    with ours, theirs:
+    with ours, theirs, tempfile.TemporaryFile() as words:
         process = subprocess.Popen(
             command,
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=words,
             env=clean_environment(),
             start_new_session=True,
         )
         try:
             theirs.close()
-            yield ours, process
+            yield ours, _Started(process, words)
         finally:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
-def _judge(profile: SandboxProfile, control: socket.socket, process: subprocess.Popen[bytes]) -> str:
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """The probes' process, and what it writes when nobody listens to its socket."""
+
+    process: subprocess.Popen[bytes]
+    words: IO[bytes]
+
+    def last_words(self) -> str:
+        """It is gone without an end: return what it, or the runtime around it, wrote."""
+        try:
+            code: int | str = self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            code = "none yet"
+        self.words.seek(0)
+        last = (self.words.read().decode(errors="replace").strip().splitlines() or ["without a word"])[-1][:300]
+        return f"its self-test ended early: {last} (exit {code})."
+
+
+def _judge(profile: SandboxProfile, control: socket.socket, started: _Started) -> str:
     """Follow what the probes say to its end; the first fault is the answer."""
     layers, namespaces = list(LAYERS[profile]), False
     pidfd = -1
@@ -174,7 +190,7 @@ def _judge(profile: SandboxProfile, control: socket.socket, process: subprocess.
             if descriptors:
                 pidfd = _replace(pidfd, descriptors[0])
             if message is None:
-                return _last_words(process)
+                return started.last_words()
             if "error" in message:
                 return str(message["error"])
             if "namespaces" in message:
@@ -196,7 +212,10 @@ def _judge(profile: SandboxProfile, control: socket.socket, process: subprocess.
 
 
 def _receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    data, descriptors, _, _ = socket.recv_fds(control, _MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, descriptors, _, _ = socket.recv_fds(control, _MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        return None, []
     return (json.loads(data) if data else None), list(descriptors)
 
 
@@ -233,15 +252,3 @@ def pid_of(pidfd: int) -> int:
     if pid <= 0:
         raise SandboxError("a process of the sandbox cannot be seen from the agent, so it could not be watched.")
     return pid
-
-
-def _last_words(process: subprocess.Popen[bytes]) -> str:
-    """The probes are gone without an end: say what they, or the runtime around them, wrote."""
-    end = time.monotonic() + 1
-    while process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    if process.returncode is None:
-        process.kill()
-    _, text = process.communicate()
-    last = (text.decode(errors="replace").strip().splitlines() or ["without a word"])[-1][:300]
-    return f"its self-test ended early: {last} (exit {process.returncode})."

@@ -1,7 +1,7 @@
 """The host: one process a loaded model. Loads the weights, warms up, forks confined children ahead; reads no job byte.
 
-Started by the agent as `python -m site_agent.hosting.host FD`, where FD is a SOCK_SEQPACKET control socket. It stays
-single-threaded until a fork, holds no secret, and dies with the agent.
+Started by the agent through `launch`, with a SOCK_SEQPACKET control socket. It stays single-threaded until a fork, holds no
+secret, and dies with the agent.
 """
 
 from __future__ import annotations
@@ -15,42 +15,53 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 from edif_mesh.errors import SandboxError
 from site_agent.hosting.pages import collapse
 from site_agent.hosting.spec import HostFacts, ModelSpec
-from site_agent.runner.child import execute, forget_warm_up, serve
-from site_agent.runner.confine import die_with_parent, find_profile, harden_parent, leave_network, settings_for
+from site_agent.runner.child import address_space_bytes, execute, forget_warm_up, serve
+from site_agent.runner.confine import settings_for
+from site_agent.runner.namespaces import Enclosure
+from site_agent.runner.process import harden_parent
 
 MAX_CONTROL_BYTES = 64 << 10
+Start = Callable[[socket.socket, int, int], None]
+"""Makes a forked child a runner: its socket, the host's process id, and the child's number. Never returns."""
 
 
-def main() -> None:
+def main(control: socket.socket, enclosure: Enclosure) -> None:
     """Load, then serve forks until the control socket closes."""
-    die_with_parent()
-    control = socket.socket(fileno=int(sys.argv[1]))
     order = json.loads(control.recv(MAX_CONTROL_BYTES))
     spec = ModelSpec(**order["spec"])
     try:
-        settings = settings_for(find_profile(), tuple(order["readable"]))
+        settings = settings_for(tuple(order["readable"]), namespaces=enclosure.active)
         model, facts = load(spec, control)
         payload = _warm_up(model)
     except Exception as error:
         _say(control, {"error": _sentence(spec, error)})
         return
-    if settings.namespaces:
-        leave_network()
     harden_parent()
     forget_warm_up()
     gc.collect()
     gc.freeze()
     gc.disable()
     collapse()
-    _say(control, {"facts": asdict(facts)})
-    _serve_forks(control, model, payload, settings)
+    size = address_space_bytes()
+    try:
+        enclosure.close_off(settings.readable)
+    except SandboxError as error:
+        _say(control, {"error": str(error)})
+        return
+    _say(control, {"facts": asdict(replace(facts, sandbox=enclosure.profile))})
+
+    def start(sock: socket.socket, host: int, number: int) -> None:
+        serve(sock, model, payload, settings, host, number=number, address_space=size)
+
+    _serve_forks(control, enclosure, start)
 
 
 def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
@@ -117,7 +128,7 @@ def _warm_up(model: Any) -> bytes | None:
     return capture.payload
 
 
-def _serve_forks(control: socket.socket, model: Any, payload: bytes | None, settings: Any) -> None:
+def _serve_forks(control: socket.socket, enclosure: Enclosure, start: Start) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     os.set_blocking(reader, False)
@@ -135,18 +146,25 @@ def _serve_forks(control: socket.socket, model: Any, payload: bytes | None, sett
             if not data:
                 return
             for descriptor in descriptors:
-                _fork(control, descriptor, model, payload, settings)
+                _fork(control, enclosure, descriptor, start)
 
 
-def _fork(control: socket.socket, descriptor: int, model: Any, payload: bytes | None, settings: Any) -> None:
+def _fork(control: socket.socket, enclosure: Enclosure, descriptor: int, start: Start) -> None:
     host = os.getpid()
-    pid = os.fork()
+    try:
+        pid, number = enclosure.fork()
+    except (OSError, SandboxError) as error:
+        os.close(descriptor)
+        _say(control, {"not_forked": str(error)})
+        return
     if pid == 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        serve(socket.socket(fileno=descriptor), model, payload, settings, host)
+        start(socket.socket(fileno=descriptor), host, number)
     os.close(descriptor)
-    _say(control, {"forked": pid})
+    pidfd = os.pidfd_open(pid)  # the agent counts processes otherwise than a host in a pid namespace
+    _say(control, {"forked": pid}, pidfd)
+    os.close(pidfd)
 
 
 def _reap(control: socket.socket) -> None:
@@ -160,9 +178,9 @@ def _reap(control: socket.socket) -> None:
         _say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _say(control: socket.socket, message: dict[str, Any]) -> None:
+def _say(control: socket.socket, message: dict[str, Any], *descriptors: int) -> None:
     try:
-        control.sendall(json.dumps(message).encode())
+        socket.send_fds(control, [json.dumps(message).encode()], descriptors)
     except OSError:
         os._exit(0)
 
@@ -172,7 +190,3 @@ def _sentence(spec: ModelSpec, error: Exception) -> str:
         return str(error)
     text = str(error).strip().split("\n")[0][:500]
     return f"The model {spec.repo_id} could not be loaded: {type(error).__name__}: {text}"
-
-
-if __name__ == "__main__":
-    main()

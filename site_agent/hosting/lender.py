@@ -6,23 +6,26 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edif_mesh.domain.site import SandboxProfile
-from edif_mesh.errors import ModelLoadError, RunnerError
+from edif_mesh.errors import ModelLoadError, RunnerError, SandboxError
 from site_agent.hosting.spec import HostFacts, ModelSpec
+from site_agent.runner.confine import interpreter_folders
+from site_agent.runner.process import clean_environment, host_command, host_folders
+from site_agent.runner.selftest import deviation, pid_of
 from site_agent.runner.supervisor import Runner
 
-_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
 _SOCKET_BUFFER = 4 << 20
 _SETUP_FAILURES = 3
 _READY_S = 60.0
+_END_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class ModelHost:
         self._ready: asyncio.Queue[Runner] = asyncio.Queue()
         self._waiting = 0
         self._failures = 0
+        self._pidfd = -1
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -65,11 +69,11 @@ class ModelHost:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         host._control = ours
         ours.setblocking(False)
+        readable = _readable(spec, settings.hf_cache)
         log = open(settings.log_file, "ab") if settings.log_file else None  # noqa: SIM115
         try:
             host._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "site_agent.hosting.host", str(theirs.fileno())),
+                *_command(settings, theirs.fileno(), readable),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log or asyncio.subprocess.DEVNULL,
@@ -81,7 +85,6 @@ class ModelHost:
             theirs.close()
             if log:
                 log.close()
-        readable = _readable(spec, settings.hf_cache)
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(ours, json.dumps({"spec": asdict(spec), "readable": readable}).encode())
         try:
@@ -142,13 +145,26 @@ class ModelHost:
         """End the host and all its runners."""
         while not self._ready.empty():
             self._ready.get_nowait().discard()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
+        await self._end_processes()
         self._end(f"The host of {self.spec.repo_id} was closed.")
         for task in list(self._tasks):
             task.cancel()
         self._control.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    async def _end_processes(self) -> None:
+        """Kill the host itself, which ends its runners; what was started waits for it, when it is another process."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _END_S)
+                return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
 
     # --------------------------------------------------------------------------------------------------------- inside
 
@@ -158,29 +174,48 @@ class ModelHost:
 
     async def _loaded(self, on_progress: Callable[[str], None]) -> None:
         while True:
-            message = await self._message()
+            message, pidfd = await self._message()
             if message is None:
                 raise ModelLoadError(
                     f"The host of {self.spec.repo_id} died while loading (exit {await self._process.wait()}); "
                     "its log says more. Not enough memory is the usual reason."
                 )
-            if "progress" in message:
+            if "host" in message:
+                self._pidfd = pidfd
+            elif "progress" in message:
                 on_progress(str(message["progress"]))
             elif "error" in message:
                 raise ModelLoadError(str(message["error"]))
             elif "facts" in message:
-                self.facts = HostFacts(**message["facts"])
+                facts = HostFacts(**message["facts"])
+                if facts.sandbox != self._settings.sandbox or self._pidfd < 0:
+                    raise ModelLoadError(
+                        f"The host of {self.spec.repo_id} runs under the profile {facts.sandbox or 'none'}, not {self._settings.sandbox}."
+                    )
+                self.facts = replace(facts, pid=pid_of(self._pidfd))
                 return
 
-    async def _message(self) -> dict[str, Any] | None:
-        data = await asyncio.get_running_loop().sock_recv(self._control, 64 << 10)
-        return json.loads(data) if data else None
+    async def _message(self) -> tuple[dict[str, Any] | None, int]:
+        """Return the host's next message (None at its end) and the descriptor that came with it, or -1."""
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, 64 << 10, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                await _readable_now(self._control)
+                continue
+            return (json.loads(data) if data else None), (descriptors[0] if descriptors else -1)
 
     async def _listen(self) -> None:
         with contextlib.suppress(OSError):
-            while (message := await self._message()) is not None:
+            while True:
+                message, pidfd = await self._message()
+                if message is None:
+                    break
                 if "forked" in message:
-                    self._born(int(str(message["forked"])))
+                    self._born(int(str(message["forked"])), pidfd)
+                elif "not_forked" in message:
+                    self._unborn.popleft().close()
+                    self._failed(str(message["not_forked"]))
                 elif "exited" in message:
                     exited = self._exits.pop(int(str(message["exited"])), None)
                     if exited is not None and not exited.done():
@@ -202,12 +237,15 @@ class ModelHost:
         finally:
             theirs.close()
 
-    def _born(self, pid: int) -> None:
+    def _born(self, pid: int, pidfd: int) -> None:
+        """`pid` is the host's own count; exits are reported by it."""
         sock = self._unborn.popleft()
         try:
-            runner = Runner(sock, pid, device="cpu")
-        except OSError:
+            runner = Runner(sock, pid_of(pidfd), device="cpu", pidfd=pidfd)
+        except (OSError, SandboxError):
             sock.close()
+            if pidfd >= 0:
+                os.close(pidfd)
             return
         self._exits[pid] = runner.exited
         self._spawn(self._await_ready(runner), name="warming")
@@ -215,16 +253,22 @@ class ModelHost:
     async def _await_ready(self, runner: Runner) -> None:
         try:
             await asyncio.wait_for(runner.ready(), _READY_S)
+            if problem := deviation(runner.pid, self._settings.sandbox):
+                raise RunnerError(problem)
         except (RunnerError, TimeoutError) as error:
             runner.discard()
-            self._failures += 1
-            if self._failures >= _SETUP_FAILURES:
-                self._end(f"Runners of {self.spec.repo_id} cannot be set up: {error or 'not ready in time'}")
-                return
-            self._fork()
+            self._failed(str(error) or "not ready in time")
             return
         self._failures = 0
         self._ready.put_nowait(runner)
+
+    def _failed(self, why: str) -> None:
+        """A runner could not be set up: try another one, unless that has been tried enough."""
+        self._failures += 1
+        if self._failures >= _SETUP_FAILURES:
+            self._end(f"Runners of {self.spec.repo_id} cannot be set up: {why}")
+        else:
+            self._fork()
 
     def _end(self, why: str) -> None:
         if not self.closed.done():
@@ -249,12 +293,33 @@ def _readable(spec: ModelSpec, hf_cache: Path | None) -> list[str]:
     return [str(folder) for folder in folders]
 
 
+def _command(settings: HostSettings, descriptor: int, readable: list[str]) -> list[str]:
+    runtime = settings.sandbox_command if settings.sandbox is SandboxProfile.STRICT else ()
+    folders = host_folders((*interpreter_folders(), *readable))
+    return host_command("site_agent.hosting.launch", (str(descriptor), settings.sandbox), runtime, folders)
+
+
+async def _readable_now(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+
+    def there() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock, there)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
 def _environment(settings: HostSettings) -> dict[str, str]:
     """A host gets no secret: what it holds, every child holds."""
-    kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     cache = {"HF_HUB_CACHE": str(settings.hf_cache)} if settings.hf_cache else {}
     return {
-        **kept,
+        **clean_environment(),
+        **({"HOME": "/"} if settings.sandbox is SandboxProfile.STRICT else {}),  # a runtime shows no list of users
         **cache,
         "HF_HUB_OFFLINE": "1" if settings.offline else "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -30,3 +30,6 @@ class HostFacts:
     attn_implementation: str
     nnsight: str
     pid: int
+    """As the agent counts processes."""
+    sandbox: str = ""
+    """The profile that the host has put around its runners."""

@@ -43,14 +43,26 @@ _MAX_LOG_FRAME = 60_000
 _MAX_TEXT = 100_000
 
 
-def serve(sock: socket.socket, model: Any, warm_payload: bytes | None, settings: SandboxSettings, host: int) -> None:
-    """Confine this process, a child of `host`; wait for one job on `sock`, warm up if that takes long, run it. Never returns."""
+def serve(
+    sock: socket.socket,
+    model: Any,
+    warm_payload: bytes | None,
+    settings: SandboxSettings,
+    host: int,
+    *,
+    number: int = 0,
+    address_space: int = 0,
+) -> None:
+    """Confine this process, a child of `host`; wait for one job on `sock`, warm up if that takes long, run it. Never returns.
+
+    `number` as for `confine`; `address_space` is the host's, for a child that sees no /proc.
+    """
     status = 1
     try:
-        address_space = _address_space_bytes()
+        address_space = address_space or address_space_bytes()
         gc.enable()
-        confine(settings, sock.fileno())
-        if os.getppid() != host:  # it died before the death signal was set
+        confine(settings, sock.fileno(), number)
+        if os.getppid() not in (host, 0):  # it died before the death signal was set; 0: it is outside our pid namespace
             os._exit(1)
         sock.sendall(pack(Kind.READY))
         _serve_one(sock, model, warm_payload, address_space)
@@ -245,7 +257,8 @@ def _set_limits(head: JobHead, address_space: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (used + head.cpu_s, used + head.cpu_s + 5))
 
 
-def _address_space_bytes() -> int:
+def address_space_bytes() -> int:
+    """Return the size of this process's address space."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 

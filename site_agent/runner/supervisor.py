@@ -60,12 +60,13 @@ class RunOptions:
 class Runner:
     """A ready, confined child and the socket it speaks on; it serves one job."""
 
-    def __init__(self, sock: socket.socket, pid: int, device: str) -> None:
+    def __init__(self, sock: socket.socket, pid: int, device: str, pidfd: int = -1) -> None:
+        """`pidfd` is the runner's to close; by default one of `pid`, as this process counts."""
         self.pid = pid
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         """Its exit status, set by the host's report; None when the host itself is gone."""
         self._sock, self._device = sock, device
-        self._pidfd = os.pidfd_open(pid)
+        self._pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self._killed_because: tuple[str, str] | None = None
         self._base = _Usage()
         self._base_peak_bytes = 0

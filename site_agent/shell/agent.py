@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from edif_mesh.config import SiteConfig
 from edif_mesh.domain.ids import BootId
-from edif_mesh.errors import SandboxError
+from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
 from edif_mesh.transport.ports import Bus, Streams, Subscription
@@ -30,7 +30,7 @@ from site_agent.core.events import DrainRequested, Restarted, Ticked
 from site_agent.core.state import Model, Policy, State
 from site_agent.hosting.lender import HostSettings
 from site_agent.journal import Journal
-from site_agent.runner.confine import find_profile
+from site_agent.runner.selftest import choose
 from site_agent.shell.attempts import Attempts, Equipment
 from site_agent.shell.bulk import Cargo
 from site_agent.shell.catalogue import catalogue, hf_cache
@@ -59,12 +59,18 @@ class SiteAgent:
         self._config, self._journal, self._bus = config, journal, bus
         self._remembered = journal.load()
         entries = catalogue(config)
+        chosen = choose(config)
+        if chosen.profile is None:
+            log.error("no sandbox", extra={"text": chosen.sentence()})
+        else:
+            log.info("sandbox chosen", extra={"profile": chosen.profile, "text": chosen.sentence()})
         state = State(
             policy=policy_of(config),
             boot=BootId(secrets.token_hex(8)),
             devices=hardware.devices(),
             versions=hardware.versions(),
-            sandbox=_sandbox_name(),
+            sandbox=chosen.profile or "",
+            note="" if chosen.profile else chosen.sentence(),
             epoch=self._remembered.epoch,
             # Beyond every number that an earlier boot has used: an old answer can never match a new advert.
             advert_sequence=time.time_ns() // 1_000_000,
@@ -82,7 +88,12 @@ class SiteAgent:
         self._inbox = Inbox(self.loop, trust, key, bus)
         self._models = ModelKeeper(
             [entry.spec for entry in entries],
-            HostSettings(ready_children=config.ready_children, hf_cache=hf_cache(config)),
+            HostSettings(
+                ready_children=config.ready_children,
+                hf_cache=hf_cache(config),
+                sandbox=chosen.profile or SandboxProfile(config.least_sandbox),
+                sandbox_command=config.sandbox_command,
+            ),
             config.state_dir / "logs",
             self.loop.handle,
         )
@@ -190,11 +201,3 @@ def policy_of(config: SiteConfig) -> Policy:
         limits=config.limits,
         advert_ms=config.advert_ms,
     )
-
-
-def _sandbox_name() -> str:
-    try:
-        return find_profile().name
-    except SandboxError as error:
-        log.error("no sandbox", extra={"text": str(error)})
-        return ""

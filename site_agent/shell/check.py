@@ -12,7 +12,7 @@ from edif_mesh.identity.trust import TrustStore
 from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire.messages import Role
 from site_agent import hardware
-from site_agent.runner.confine import find_profile
+from site_agent.runner.selftest import choose
 from site_agent.shell.catalogue import catalogue
 
 Finding = tuple[str, str]
@@ -21,7 +21,7 @@ Finding = tuple[str, str]
 
 async def checks(config: SiteConfig) -> AsyncIterator[Finding]:
     """Yield the findings in the order in which an operator would mend them."""
-    for finding in (*_identity(config), _sandbox(), *_hardware(config), *_models(config), _state(config)):
+    for finding in (*_identity(config), *_sandbox(config), *_hardware(config), *_models(config), _state(config)):
         yield finding
     yield await _broker(config)
 
@@ -47,11 +47,14 @@ def _identity(config: SiteConfig) -> list[Finding]:
     return findings
 
 
-def _sandbox() -> Finding:
-    try:
-        return "ok", f"sandbox {find_profile().sentence()}"
-    except EdifError as error:
-        return "fail", str(error)
+def _sandbox(config: SiteConfig) -> list[Finding]:
+    """Every profile, tried; a profile that is not the one to be used may well not hold."""
+    choice = choose(config, try_all=True)
+    found: list[Finding] = [
+        ("ok", f"sandbox {profile} {f'does not hold: {problem}' if problem else 'holds'}")
+        for profile, problem in choice.findings.items()
+    ]
+    return [*found, ("ok" if choice.profile else "fail", choice.verdict())]
 
 
 def _hardware(config: SiteConfig) -> list[Finding]:

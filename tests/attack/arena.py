@@ -63,7 +63,7 @@ class Arena:
         self._scratch = world / "scratch"
         site = mesh.home / "sites" / "ansbach"
         self.names: dict[str, object] = {
-            "HOST": mesh.hosts("ansbach")[0].pid,
+            "HOST": self._host(),
             "AGENT": mesh.processes()["site-ansbach"],
             "SECRET": str(world / "planted"),
             "KEY": str(site / "key.pem"),
@@ -113,7 +113,7 @@ class Arena:
         assert sorted(path.name for path in self._scratch.iterdir()) == ["target"]
         assert (self._scratch / "target").read_text() == "target"
         assert not [place for place in ("/tmp", "/dev/shm") if Path(place, f"edif-escape-{self.names['PORT']}").exists()]
-        assert self.mesh.hosts("ansbach")[0].pid == self.names["HOST"]
+        assert self._host() == self.names["HOST"]
         assert self.mesh.processes()["site-ansbach"] == self.names["AGENT"]
         assert until(lambda: self._alive() == self._processes, 20), (self._alive(), self._processes)
 
@@ -131,6 +131,12 @@ class Arena:
             return ended
         finally:
             await job.close()
+
+    def _host(self) -> int:
+        """The model host: whoever has forked the runners, which have no children; waiters and runtimes stand above it."""
+        agent = psutil.Process(self.mesh.processes()["site-ansbach"])
+        leaves = until(lambda: [p for p in agent.children(recursive=True) if not p.children()])
+        return int(leaves[0].ppid())
 
     def _settled(self) -> int:
         """How many processes there are once the next runners wait: no more come and none go."""

@@ -99,7 +99,7 @@ def test_ctrl_c_ends_everything_it_started(tmp_path: Path) -> None:
         assert f"NDIF_HOST=http://127.0.0.1:{mesh.ports[0]}" in said
         family = mesh.family()
         names = " ".join(" ".join(process.cmdline()) for process in family)
-        for part in ("nats-server", "coordinator run", "site_agent run", "edif_mesh.gateway", "hosting.host"):
+        for part in ("nats-server", "coordinator run", "site_agent run", "edif_mesh.gateway", "hosting.launch"):
             assert part in names
         os.kill(mesh.process.pid, signal.SIGINT)
         code, said = mesh.ends()

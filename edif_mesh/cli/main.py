@@ -41,7 +41,8 @@ def up(
     monitor_port: Annotated[int, typer.Option(help="Port of the coordinator's web page on 127.0.0.1.")] = 8002,
     slots: Annotated[int, typer.Option(min=1, help="Jobs at once at each site.")] = 2,
     sandbox: Annotated[
-        str, typer.Option(help="How sites confine jobs: base, namespaced, strict, or auto, the strongest that holds here.")
+        str,
+        typer.Option(help="How sites confine jobs: base, namespaced, strict, or auto, the strongest that holds here."),
     ] = "auto",
     state: State = None,
     detach: Annotated[

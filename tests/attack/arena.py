@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,16 +22,17 @@ import psutil
 from edif_mesh.client import BlockingMesh
 from edif_mesh.client.mesh import JobSpec
 from edif_mesh.domain.job import JobStatus, Limits
-from edif_mesh.domain.site import ModelRef, ModelState, Versions
+from edif_mesh.domain.site import ModelRef, ModelState, SandboxProfile, Versions
 from edif_mesh.errors import EdifError
 from edif_mesh.wire.messages import JobSnapshot
 from tests.attack import ordinary_user
 from tests.attack.corpus.bombs import LOG_BYTES, MEMORY_BYTES, RESULT_BYTES
 from tests.attack.corpus.state import REFERENCE
 from tests.hosted import code
-from tests.mesh import RunningMesh, running_mesh, until
+from tests.mesh import RunningMesh, environment, running_mesh, until
 from tests.models import TINY, cache, tiny_gpt2
 from tests.raw_client import RawClient
+from tests.runtimes import BUBBLEWRAP
 
 LIMITS: dict[str, int] = {
     "wall_ms": 20_000,
@@ -112,13 +116,21 @@ class Arena:
         assert ended.values.get("outcome") == self.reference, ended.last
         assert sorted(path.name for path in self._scratch.iterdir()) == ["target"]
         assert (self._scratch / "target").read_text() == "target"
-        assert not [place for place in ("/tmp", "/dev/shm") if Path(place, f"edif-escape-{self.names['PORT']}").exists()]
+        assert not [
+            place for place in ("/tmp", "/dev/shm") if Path(place, f"edif-escape-{self.names['PORT']}").exists()
+        ]
         assert self._host() == self.names["HOST"]
         assert self.mesh.processes()["site-ansbach"] == self.names["AGENT"]
         assert until(lambda: self._alive() == self._processes, 20), (self._alive(), self._processes)
 
     async def _play(self, payload: bytes, limits: dict[str, int]) -> Ended:
-        spec = JobSpec(model=ModelRef(TINY), uncompressed_bytes=len(payload), client=Versions(nnsight=version("nnsight")), limits=Limits(**limits), max_attempts=1)
+        spec = JobSpec(
+            model=ModelRef(TINY),
+            uncompressed_bytes=len(payload),
+            client=Versions(nnsight=version("nnsight")),
+            limits=Limits(**limits),
+            max_attempts=1,
+        )
         job = await self.client.mesh.submit(payload, spec)
         try:
             ended = Ended(await job.wait())
@@ -141,7 +153,7 @@ class Arena:
     def _settled(self) -> int:
         """How many processes there are once the next runners wait: no more come and none go."""
         counts = [0]
-        until(lambda: counts.append(self._alive()) or len(counts) > 8 and len(set(counts[-8:])) == 1, 20)
+        until(lambda: counts.append(self._alive()) or (len(counts) > 8 and len(set(counts[-8:])) == 1), 20)
         return counts[-1]
 
     def _alive(self) -> int:
@@ -159,7 +171,7 @@ class Arena:
 
 
 @contextlib.contextmanager
-def arena(profile: str, user: int) -> Iterator[Arena]:
+def arena(profile: SandboxProfile, user: int) -> Iterator[Arena]:
     """Start a mesh under `profile` as `user`, attack-ready, and end it; everything lies in one folder, removed after."""
     tiny_gpt2()
     folder = Path(tempfile.mkdtemp(prefix="edif-attack-"))
@@ -171,11 +183,9 @@ def arena(profile: str, user: int) -> Iterator[Arena]:
         (world / "scratch" / "target").write_text("target")
         (world / "other" / "weights").write_text("weights")
         shutil.copytree(cache() / _MODEL, folder / "hub" / _MODEL, symlinks=True)
-        through: tuple[str, ...] = ()
         if user != os.getuid():
             for path in (folder, home, folder / "tmp", *(folder / "hub").rglob("*")):
                 os.chown(path, user, user)
-            through = (os.path.realpath("/proc/self/exe"), "-m", "tests.attack.ordinary_user", str(user))
         for path in (folder, world, world / "other", folder / "hub"):
             path.chmod(0o755)
         for path in (world / "planted", world / "scratch" / "target", world / "scratch"):
@@ -185,10 +195,15 @@ def arena(profile: str, user: int) -> Iterator[Arena]:
             unix.listen(8)
             (world / "unix").chmod(0o777)
             settings = {"EDIF_PLANTED": TOKEN, "HOME": str(home), "USER": "attacked"}
+            start = SandboxProfile.BASE if profile is SandboxProfile.STRICT else profile
             settings |= {"TMPDIR": str(folder / "tmp"), "HF_HUB_CACHE": str(folder / "hub")}
-            with running_mesh(
-                home, TINY, sites=1, sandbox=profile, through=through, settings=settings
-            ) as mesh, _client(mesh, folder) as client:
+            with (
+                running_mesh(home, TINY, sites=1, sandbox=start, through=_as_user(user), settings=settings) as mesh,
+                _client(mesh, folder) as client,
+            ):
+                if profile is SandboxProfile.STRICT:
+                    _confine_more(mesh, client)
+                assert [site.sandbox.partition(":")[0] for site in client.view().sites] == [profile]
                 loaded = [model for site in client.view().sites for model in site.models]
                 assert [model.state for model in loaded] == [ModelState.LOADED], loaded
                 yield Arena(mesh, client, world, profile, world / "unix")
@@ -203,6 +218,41 @@ def _client(mesh: RunningMesh, folder: Path) -> Iterator[BlockingMesh]:
     own.write_text((mesh.home / "client.toml").read_text().replace("'outbox'", f"'{folder / 'outbox'}'"))
     with BlockingMesh(own) as client:
         yield client
+
+
+def what_is_lacking(profile: SandboxProfile, user: int) -> str:
+    """What the site's own self-test says against `profile` as `user`; "" when it holds."""
+    runtime = BUBBLEWRAP if profile is SandboxProfile.STRICT else ()
+    script = f"from site_agent.runner.selftest import try_profile as t; print(t({str(profile)!r}, {runtime!r}))"
+    script = script.replace("t('", "t(P('", 1).replace("',", "'),", 1)
+    script = f"from edif_mesh.domain.site import SandboxProfile as P; {script}"
+    command = [*_as_user(user), sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    return (done.stdout + done.stderr).strip()
+
+
+def _as_user(user: int) -> tuple[str, ...]:
+    if user == os.getuid():
+        return ()
+    return (sys.executable, "-m", "tests.attack.ordinary_user", str(user))
+
+
+def _confine_more(mesh: RunningMesh, client: BlockingMesh) -> None:
+    """Put the site's own runtime around its hosts: settings that `edif up` leaves to a site, read at the agent's start."""
+    settings = mesh.home / "sites" / "ansbach" / "site.toml"
+    words = json.dumps([list(part) if isinstance(part, tuple) else part for part in BUBBLEWRAP])
+    text = settings.read_text().replace('sandbox = "base"', f'sandbox = "strict"\nsandbox_command = {words}')
+    settings.write_text(text)
+    mesh.kill("site-ansbach")
+
+    def is_back() -> bool:
+        sites = client.view().sites
+        return [(site.sandbox, model.state) for site in sites for model in site.models] == [
+            ("strict", ModelState.LOADED)
+        ]
+
+    assert until(is_back, 60), client.view().sites
+    until(lambda: mesh.processes()["site-ansbach"] and psutil.pid_exists(mesh.processes()["site-ansbach"]))
 
 
 def ordinary_users() -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Bombs and changed state without a runner around them: plain forked processes of a small interpreter, bounded only here.
 
-    python -m tests.attack.explosions bombs     prints {"bomb": what it did}
-    python -m tests.attack.explosions state     prints {"change": whether the next job in that process is another}
+python -m tests.attack.explosions bombs     prints {"bomb": what it did}
+python -m tests.attack.explosions state     prints {"change": whether the next job in that process is another}
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def main() -> None:
     if sys.argv[1] == "bombs":
         found: dict[str, Any] = {bomb.name: _explode(bomb) for bomb in BOMBS}
     else:
-        from tests.submitting import load
         from tests.models import tiny_gpt2
+        from tests.submitting import load
 
         model = load(tiny_gpt2())
         scope: dict[str, Any] = {"model": model}

@@ -12,16 +12,17 @@ from collections.abc import Iterator
 import pytest
 
 from edif_mesh.domain.job import JobStatus
+from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.errors import ArchiveError
 from tests.attack import ordinary_user
-from tests.attack.arena import Arena, arena, ordinary_users
+from tests.attack.arena import Arena, arena, ordinary_users, what_is_lacking
 from tests.attack.corpus import THEMES, source
 from tests.attack.corpus.bombs import BOMBS, LOG_BYTES
 from tests.attack.corpus.frames import FORGERIES, sends
 from tests.attack.corpus.state import REFERENCE, STATE
 from tests.attack.test_archive_hostile import LIES, one, tensor
 
-WAYS = [(profile, user) for user in ordinary_users() for profile in ("base", "namespaced")]
+WAYS = [(profile, user) for user in ordinary_users() for profile in SandboxProfile]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{'root' if way[1] == 0 else 'user'}")
@@ -29,6 +30,9 @@ def attacked(request: pytest.FixtureRequest) -> Iterator[Arena]:
     profile, user = request.param
     if user == ordinary_user.UID and (closed := ordinary_user.closed_to_others()):
         pytest.skip(f"An ordinary user cannot read {', '.join(closed)} (chmod -R o+rX).")
+    if lacking := what_is_lacking(profile, user):
+        assert profile is not SandboxProfile.BASE, lacking
+        pytest.skip(f"{profile} does not hold here: {lacking}")
     with arena(profile, user) as ready:
         yield ready
 

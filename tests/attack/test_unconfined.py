@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -43,4 +42,4 @@ def test_every_bomb_goes_off_where_nothing_bounds_it() -> None:
 
 
 def test_every_change_reaches_the_next_job_where_both_share_a_process() -> None:
-    assert meddling() == {name: True for name in STATE}
+    assert meddling() == dict.fromkeys(STATE, True)

@@ -174,7 +174,9 @@ def _heard(reader: int, pid: int) -> str:
         return said.decode()
     if not ready:
         return "wrong attempt: it took too long"
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # it has become another program: its end of the pipe closed
+    status = os.waitstatus_to_exitcode(
+        os.waitpid(pid, 0)[1]
+    )  # it has become another program: its end of the pipe closed
     return "escaped" if status in (0, 77) else f"wrong attempt: it ended with {status}"
 
 

@@ -30,11 +30,11 @@ class Attempt:
     def refused_as(self, profile: str) -> frozenset[str]:
         """Return the outcomes that mean "contained" under `profile`.
 
-        Behind a mount namespace a path may not exist at all, and behind a pid namespace a process.
+        In a mount namespace of its own a path may not exist at all, or be on a file tree that nobody can write.
         """
         names = set(self.refusal.split("|"))
         if not profile.startswith("base"):
-            names |= {"ENOENT"} if "EACCES" in names else set()
+            names |= {"ENOENT", "EROFS"} if "EACCES" in names else set()
         return frozenset(f"refused: {name}" for name in names)
 
 

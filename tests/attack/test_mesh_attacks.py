@@ -6,8 +6,11 @@ job is equal to the bit to the first. `test_unconfined` shows that the same scri
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,8 +24,14 @@ from tests.attack.corpus.bombs import BOMBS, LOG_BYTES
 from tests.attack.corpus.frames import FORGERIES, sends
 from tests.attack.corpus.state import REFERENCE, STATE
 from tests.attack.test_archive_hostile import LIES, one, tensor
+from tests.models import TINY
+from tests.submitting import load
 
-WAYS = [(profile, user) for user in ordinary_users() for profile in SandboxProfile]
+WAYS = [
+    pytest.param((profile, user), marks=[pytest.mark.slow] if (profile, user) == ("strict", ordinary_user.UID) else [])
+    for user in ordinary_users()
+    for profile in SandboxProfile
+]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{'root' if way[1] == 0 else 'user'}")
@@ -59,9 +68,10 @@ def test_a_bomb_ends_its_own_job_and_no_other(attacked: Arena) -> None:
 
 
 def test_what_a_job_changes_is_its_own(attacked: Arena) -> None:
-    for name, script in STATE.items():
-        attacked.run(script)
-        assert attacked.run(REFERENCE).values.get("outcome") == attacked.reference, name
+    sources = [(job, {}) for script in STATE.values() for job in (script, REFERENCE)]
+    said = dict(zip(STATE, attacked.run_all(sources)[1::2], strict=True))
+    changed = [name for name, ended in said.items() if ended.values.get("outcome") != attacked.reference]
+    assert changed == []
     attacked.is_unharmed()
 
 
@@ -89,8 +99,40 @@ def test_a_hostile_archive_is_refused_by_both_clients(attacked: Arena, name: str
     assert ended.last.status is JobStatus.SUCCEEDED  # to the site it is bytes, which it signs and never opens
     assert isinstance(ended.error, ArchiveError)
     assert str(ended.error)
-    frames = attacked.through_the_gateway(script)
-    assert frames[-1]["status"] == "ERROR"
+    last = attacked.through_the_gateway(script)[-1]
+    assert last["status"] == "ERROR"
+    assert str(ended.error) in last["description"]
+
+
+def test_unmodified_nnsight_runs_nothing_of_a_hostile_archive(attacked: Arena, tmp_path: Path) -> None:
+    """A pickle that would leave a mark if anybody opened it, in the archive's place."""
+    marker = tmp_path / "opened"
+    script = sends(pickle.dumps(_Marks(str(marker))))
+    model = load(TINY)
+    from nnsight import CONFIG  # after `load`, which has said that there is no hub
+    from nnsight.intervention.backends.remote import RemoteError
+
+    CONFIG.API.HOST, before = attacked.mesh.gateway_url, CONFIG.API.HOST
+    try:
+        with pytest.raises(RemoteError, match="archive"), model.trace("Hello world", remote=True):
+            exec(script)
+            outcome = model.output.save()
+    finally:
+        CONFIG.API.HOST = before
+    assert isinstance(attacked.run(script).error, ArchiveError)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(_Marks(str(marker))))
+    assert marker.exists()
+
+
+class _Marks:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.path,)
 
 
 def test_a_class_that_a_hostile_archive_names_is_data(attacked: Arena) -> None:

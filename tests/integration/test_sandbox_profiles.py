@@ -20,7 +20,7 @@ from site_agent.hosting.spec import ModelSpec
 from tests import models, traces
 from tests.contract.nats_starter import NatsServer
 from tests.hosted import code, run, tiny_host
-from tests.ordinary_user import run_as_ordinary_user
+from tests.ordinary_user import cache_for_everybody, run_as_ordinary_user
 from tests.played_coordinator import AgentProcess, Keys, play
 from tests.runtimes import BUBBLEWRAP
 
@@ -78,15 +78,20 @@ async def test_a_strict_host_without_a_runtime_is_not_started() -> None:
 
 
 AS_NOBODY = """
-import asyncio, os
+import asyncio, os, pathlib, sys
 from edif_mesh.domain.site import SandboxProfile
-from tests import traces
-from tests.hosted import run, tiny_host
+from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.spec import ModelSpec
+from tests import models, traces
+from tests.hosted import run
 
 async def main():
-    async with tiny_host(sandbox=SandboxProfile.NAMESPACED) as host:
-        values = (await run(host, traces.one_read())).values
-        print(os.getuid(), host.facts.sandbox, sorted(values))
+    models.cache = lambda: pathlib.Path(sys.argv[1])
+    settings = HostSettings(1, models.cache(), sandbox=SandboxProfile.NAMESPACED)
+    host = await ModelHost.start(ModelSpec(models.TINY), settings)
+    values = (await run(host, traces.one_read())).values
+    print(os.getuid(), host.facts.sandbox, sorted(values))
+    await host.close()
 
 asyncio.run(main())
 """
@@ -96,7 +101,8 @@ asyncio.run(main())
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_an_ordinary_user_has_namespaces_too() -> None:
     models.tiny_gpt2()
-    done = run_as_ordinary_user(["-c", AS_NOBODY])
+    with cache_for_everybody(models.TINY) as cache:
+        done = run_as_ordinary_user(["-c", AS_NOBODY, str(cache)])
     assert done.stdout.split()[1:2] == ["namespaced"], done.stderr[-2000:]
     assert not done.stdout.startswith("0")
     assert "hidden" in done.stdout

@@ -249,6 +249,7 @@ class ModelHost:
             sock.close()
             if pidfd >= 0:
                 os.close(pidfd)
+            self._failed("a runner died at its birth")
             return
         self._exits[pid] = runner.exited
         self._spawn(self._await_ready(runner), name="warming")

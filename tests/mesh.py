@@ -36,6 +36,12 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
+def hosts_of(agent: int) -> list[psutil.Process]:
+    """The model hosts of an agent: its children, or theirs where a process of each stays outside its namespaces and waits."""
+    started = psutil.Process(agent).children()
+    return [host for p in started for host in (p.children() if p.cmdline()[-1] == "namespaced" else [p])]
+
+
 @dataclass
 class RunningMesh:
     """One running mesh."""
@@ -67,8 +73,8 @@ class RunningMesh:
         return [process, *process.children(recursive=True)]
 
     def hosts(self, site: str) -> list[psutil.Process]:
-        """The model hosts of a site: the agent's own children."""
-        return psutil.Process(self.processes()[f"site-{site}"]).children()
+        """The model hosts of a site."""
+        return hosts_of(self.processes()[f"site-{site}"])
 
     def kill(self, name: str) -> None:
         """`kill -9` of one process."""

@@ -7,10 +7,16 @@ that all may enter stands in its place, with the interpreter mounted where it wa
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.models import cache
 
 ROOT = Path(__file__).resolve().parents[1]
 UID = 54_321
@@ -45,6 +51,17 @@ os.setresgid(uid, uid, uid)
 os.setresuid(uid, uid, uid)
 os.execvp(sys.argv[3], sys.argv[3:])
 """
+
+
+@contextmanager
+def cache_for_everybody(repo_id: str) -> Iterator[Path]:
+    """A Hugging Face cache with one model of the tests' own, which every user of this machine may read."""
+    name = f"models--{repo_id.replace('/', '--')}"
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(cache() / name, Path(folder) / name)
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        yield Path(folder)
 
 
 def run_as_ordinary_user(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -34,11 +34,18 @@ class MeshBackend:
         audience: Audience = Audience(),  # noqa: B008
         name: str = "",
         job_class: JobClass = JobClass.INTERACTIVE,
+        sandbox: str = "",
         on_update: Callable[[JobSnapshot], None] | None = None,
     ) -> None:
         self._mesh = mesh
         self._model = model
-        self._options: dict[str, Any] = {"limits": limits, "audience": audience, "name": name, "job_class": job_class}
+        self._options: dict[str, Any] = {
+            "limits": limits,
+            "audience": audience,
+            "name": name,
+            "job_class": job_class,
+            "sandbox": sandbox,
+        }
         self._on_update = on_update
         self._job: Job | None = None
         self._pending: Any = None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pwd
 import signal
 import socket
 from collections import deque
@@ -65,6 +66,8 @@ class ModelHost:
         cls, spec: ModelSpec, settings: HostSettings, on_progress: Callable[[str], None] = lambda text: None
     ) -> ModelHost:
         """Start the process and load; raises ModelLoadError with the host's own sentence."""
+        if settings.sandbox is SandboxProfile.STRICT and not settings.sandbox_command:
+            raise ModelLoadError(f"{spec.repo_id} was not loaded: there is no sandbox_command to run it in.")
         host = cls(spec, settings)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         host._control = ours
@@ -246,6 +249,7 @@ class ModelHost:
             sock.close()
             if pidfd >= 0:
                 os.close(pidfd)
+            self._failed("a runner died at its birth")
             return
         self._exits[pid] = runner.exited
         self._spawn(self._await_ready(runner), name="warming")
@@ -299,6 +303,15 @@ def _command(settings: HostSettings, descriptor: int, readable: list[str]) -> li
     return host_command("site_agent.hosting.launch", (str(descriptor), settings.sandbox), runtime, folders)
 
 
+def _is_unlisted() -> bool:
+    """Whether the agent's user is in no list of users: its home, which libraries ask for, is then unknown."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return True
+    return False
+
+
 async def _readable_now(sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
@@ -319,7 +332,7 @@ def _environment(settings: HostSettings) -> dict[str, str]:
     cache = {"HF_HUB_CACHE": str(settings.hf_cache)} if settings.hf_cache else {}
     return {
         **clean_environment(),
-        **({"HOME": "/"} if settings.sandbox is SandboxProfile.STRICT else {}),  # a runtime shows no list of users
+        **({"HOME": "/"} if settings.sandbox is SandboxProfile.STRICT or _is_unlisted() else {}),
         **cache,
         "HF_HUB_OFFLINE": "1" if settings.offline else "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",

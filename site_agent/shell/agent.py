@@ -46,7 +46,7 @@ _TICK_S = 0.25
 _FORGET_EVERY_TICKS = 2_400
 _MEMORY_SHARE = 0.8
 _NEVER_MS = 1 << 62
-"""A model that is not on this machine is not tried again; putting it there takes a restart of the agent."""
+"""A model that is not on this machine, or has no sandbox to run in, is not tried again; mending that takes a restart."""
 
 
 class SiteAgent:
@@ -78,7 +78,9 @@ class SiteAgent:
             barred=self._remembered.barred,
             unsent={(report.job, report.attempt): report.sequence for report in self._remembered.reports},
             models={
-                entry.offer.repo_id: Model(entry.offer, entry.preload, retry_at_ms=_NEVER_MS if entry.problem else 0)
+                entry.offer.repo_id: Model(
+                    entry.offer, entry.preload, retry_at_ms=_NEVER_MS if entry.problem or not chosen.profile else 0
+                )
                 for entry in entries
             },
         )

@@ -173,6 +173,7 @@ BAD_ORDERS: dict[str, tuple[str, Callable[[], dict[str, object]]]] = {
     "another task": ("wrong_task", lambda: {"model": ModelRef(models.TINY, task="fill-mask")}),
     "another codec": ("unsupported_codec", lambda: {"payload": PayloadRef(Digest("0" * 64), 1, codec="pickle")}),
     "more than the site allows": ("over_site_limits", lambda: {"limits": Limits(wall_ms=DAY_MS)}),
+    "a stronger sandbox than there is": ("weak_sandbox", lambda: {"sandbox": "stricter"}),
     "negative limits": ("over_site_limits", lambda: {"limits": Limits(memory_bytes=-1)}),
 }
 

@@ -11,13 +11,14 @@ import pytest
 from edif_mesh.domain.attempt import AttemptStatus, Blame
 from edif_mesh.wire.messages import Received, Refusal, Report
 from tests import traces
+from tests.mesh import hosts_of
 from tests.played_coordinator import Site, a_site
 
 
 def processes(site: Site) -> tuple[psutil.Process, list[psutil.Process]]:
     """The host process of the model, and the children that it has forked."""
     assert site.agent.process is not None
-    (host,) = psutil.Process(site.agent.process.pid).children()
+    (host,) = hosts_of(site.agent.process.pid)
     return host, host.children()
 
 

@@ -98,6 +98,14 @@ async def test_a_watch_goes_on_when_the_broker_was_killed(hub: ScriptedCoordinat
     assert [s.version for s in await watching][-1] == 2
 
 
+async def test_an_order_demands_the_sandbox_of_its_job_or_else_of_the_settings(hub: ScriptedCoordinator) -> None:
+    async with await Mesh.connect(replace(hub.config(), sandbox="namespaced")) as mesh:
+        for spec in (SPEC, replace(SPEC, sandbox="strict")):
+            await mesh.submit(b"payload", spec)
+    await hub.until(lambda: len(hub.orders) == 2)
+    assert {order.sandbox for order, _ in hub.orders} == {"namespaced", "strict"}
+
+
 # ----------------------------------------------------------------------------------------------------- who is believed
 
 

@@ -8,7 +8,7 @@ from types import FunctionType, ModuleType
 
 import pytest
 
-from coordinator.core import attempts, decision, jobs, schedule
+from coordinator.core import attempts, decision, jobs, placement, schedule
 from edif_mesh.domain.ids import AttemptNumber
 from tests.simulation.world import Violation, World, run
 
@@ -79,6 +79,12 @@ def test_a_room_without_the_ledger_of_own_grants_is_caught(monkeypatch: pytest.M
         schedule, "room_at", lambda draft, site: schedule.Room(site.advert.slots, site.advert.memory_bytes)
     )
     with pytest.raises(Violation, match="slots"):
+        run(200, STEPS)
+
+
+def test_a_placement_below_the_demanded_sandbox_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "confines", lambda advertised, least: True)
+    with pytest.raises(Violation, match="demands namespaced and was placed at"):
         run(200, STEPS)
 
 

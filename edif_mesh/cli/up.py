@@ -27,7 +27,7 @@ def run_up(
     port: int,
     monitor_port: int,
     slots: int,
-    sandbox: str,
+    sandbox: str = "auto",
     state: Path | None,
     detach: bool,
     json: bool,

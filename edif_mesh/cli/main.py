@@ -42,7 +42,7 @@ def up(
     slots: Annotated[int, typer.Option(min=1, help="Jobs at once at each site.")] = 2,
     sandbox: Annotated[
         str,
-        typer.Option(help="How sites confine jobs: base, namespaced, strict, or auto, the strongest that holds here."),
+        typer.Option(help="How sites confine jobs: base, namespaced, or auto, the strongest that holds here."),
     ] = "auto",
     state: State = None,
     detach: Annotated[

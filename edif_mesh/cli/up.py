@@ -33,6 +33,12 @@ def run_up(
     json: bool,
 ) -> int:
     """Start, say so in one line, keep it alive until asked to stop."""
+    if sandbox not in (
+        "auto",
+        "base",
+        "namespaced",
+    ):  # `strict` needs the command of a runtime, in a site's own settings
+        raise ConfigError(f"There is no sandbox {sandbox!r} for `edif up`: say base, namespaced or auto.")
     home = (state or default_home()).expanduser().absolute()
     settings = LocalSettings(home, sites, _resolve(models), port, monitor_port, slots, sandbox=sandbox)
     if detach:

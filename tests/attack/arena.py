@@ -147,8 +147,13 @@ class Arena:
     def _host(self) -> int:
         """The model host: whoever has forked the runners, which have no children; waiters and runtimes stand above it."""
         agent = psutil.Process(self.mesh.processes()["site-ansbach"])
-        leaves = until(lambda: [p for p in agent.children(recursive=True) if not p.children()])
-        return int(leaves[0].ppid())
+
+        def parents_of_leaves() -> list[int]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a runner may end while we look
+                return [p.ppid() for p in agent.children(recursive=True) if not p.children()]
+            return []
+
+        return int(until(parents_of_leaves)[0])
 
     def _settled(self) -> int:
         """How many processes there are once the next runners wait: no more come and none go."""

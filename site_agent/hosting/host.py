@@ -20,12 +20,15 @@ from importlib.metadata import version
 from typing import Any
 
 from edif_mesh.errors import SandboxError
+from site_agent.hosting.digest import weights_digest
 from site_agent.hosting.pages import collapse
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.child import execute, forget_warm_up, serve
 from site_agent.runner.confine import die_with_parent, find_profile, harden_parent, leave_network, settings_for
 
 MAX_CONTROL_BYTES = 64 << 10
+FORK, DIGEST = b"fork", b"digest"
+"""What the agent asks on the control socket: a runner (with the descriptor of its socket), the weights' digest."""
 
 
 def main() -> None:
@@ -134,19 +137,46 @@ def _serve_forks(control: socket.socket, model: Any, payload: bytes | None, sett
             data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
             if not data:
                 return
-            for descriptor in descriptors:
-                _fork(control, descriptor, model, payload, settings)
+            if data == DIGEST:
+                _digest(control, model)
+            elif descriptors:
+                _fork(control, descriptors[0], model, payload, settings)
+            else:  # the kernel drops what a process at its limit of descriptors cannot take
+                _say(control, {"refused": "its host has no free descriptor"})
 
 
 def _fork(control: socket.socket, descriptor: int, model: Any, payload: bytes | None, settings: Any) -> None:
     host = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.close(descriptor)
+        _say(control, {"refused": f"the kernel refused a process: {error.strerror}"})
+        return
     if pid == 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         serve(socket.socket(fileno=descriptor), model, payload, settings, host)
     os.close(descriptor)
     _say(control, {"forked": pid})
+
+
+def _digest(control: socket.socket, model: Any) -> None:
+    """Answer with the weights' digest, computed by a child of its own: nothing of the host's memory is touched for it."""
+    try:
+        pid = os.fork()
+    except OSError as error:
+        _say(control, {"digest": "", "why": f"the kernel refused a process: {error.strerror}"})
+        return
+    if pid == 0:
+        try:
+            signal.set_wakeup_fd(-1)
+            die_with_parent()
+            _say(control, {"digest": weights_digest(model)})
+        except BaseException as error:
+            _say(control, {"digest": "", "why": f"{type(error).__name__}: {error}"[:500]})
+        finally:
+            os._exit(0)
 
 
 def _reap(control: socket.socket) -> None:

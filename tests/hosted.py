@@ -44,8 +44,14 @@ class Run:
 @contextlib.asynccontextmanager
 async def tiny_host(ready: int = 1) -> AsyncIterator[ModelHost]:
     """A host of the tiny model; closed at the end."""
-    models.tiny_gpt2()
-    host = await ModelHost.start(ModelSpec(models.TINY), HostSettings(ready_children=ready, hf_cache=models.cache()))
+    async with a_host(models.tiny_gpt2(), ready) as host:
+        yield host
+
+
+@contextlib.asynccontextmanager
+async def a_host(repo_id: str, ready: int = 1) -> AsyncIterator[ModelHost]:
+    """A host of a test model; closed at the end."""
+    host = await ModelHost.start(ModelSpec(repo_id), HostSettings(ready_children=ready, hf_cache=models.cache()))
     try:
         yield host
     finally:

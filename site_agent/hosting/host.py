@@ -182,12 +182,14 @@ def _digest(control: socket.socket, model: Any) -> None:
 def _reap(control: socket.socket) -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, used = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
             return
-        _say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
+        cpu_ms = int((used.ru_utime + used.ru_stime) * 1000)
+        peak = used.ru_maxrss << 10
+        _say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status), "cpu_ms": cpu_ms, "peak": peak})
 
 
 def _say(control: socket.socket, message: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class ModelHost:
         self._process: asyncio.subprocess.Process
         self._control: socket.socket
         self._unborn: deque[socket.socket] = deque()
-        self._exits: dict[int, asyncio.Future[int | None]] = {}
+        self._children: dict[int, Runner] = {}
         self._ready: asyncio.Queue[Runner] = asyncio.Queue()
         self._waiting = 0
         self._failures = self._refusals = 0
@@ -222,9 +222,9 @@ class ModelHost:
                 elif "digest" in message and self._digest is not None and not self._digest.done():
                     self._digest.set_result(message)
                 elif "exited" in message:
-                    exited = self._exits.pop(int(str(message["exited"])), None)
-                    if exited is not None and not exited.done():
-                        exited.set_result(int(str(message["status"])))
+                    runner = self._children.pop(message["exited"], None)
+                    if runner is not None:
+                        runner.has_exited(message["status"], message["cpu_ms"], message["peak"])
         self._end(f"The host process of {self.spec.repo_id} died.")
 
     def _fork(self) -> None:
@@ -274,7 +274,7 @@ class ModelHost:
             sock.close()
             self._not_made(f"the agent cannot watch a process: {error.strerror}")
             return
-        self._exits[pid] = runner.exited
+        self._children[pid] = runner
         self._spawn(self._await_ready(runner), name="warming")
 
     async def _await_ready(self, runner: Runner) -> None:
@@ -300,10 +300,9 @@ class ModelHost:
     def _end(self, why: str) -> None:
         if not self.closed.done():
             self.closed.set_result(why)
-        for exited in self._exits.values():
-            if not exited.done():
-                exited.set_result(None)
-        self._exits.clear()
+        for runner in self._children.values():
+            runner.has_exited(None)
+        self._children.clear()
 
     def _spawn(self, work: object, name: str = "host") -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]

@@ -111,6 +111,13 @@ class Runner:
             raise RunnerError("A runner spoke before it was ready.")
         self._warming = asyncio.get_running_loop().call_later(_WARM_AFTER_S, self.warm_up)
 
+    def has_exited(self, status: int | None, cpu_ms: int = 0, peak_bytes: int = 0) -> None:
+        """The host has reaped the child, with what the kernel counted for it; or the host itself is gone (None)."""
+        if status is not None and self._began is not None:
+            self._meter.final(cpu_ms, peak_bytes)
+        if not self.exited.done():
+            self.exited.set_result(status)
+
     def warm_up(self) -> None:
         """Have a waiting child run the warm-up trace, before `run`; done by itself when it is not used at once."""
         with contextlib.suppress(OSError):

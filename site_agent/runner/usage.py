@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _KIB = 1024
@@ -102,6 +102,12 @@ class Meter:
         self.memory_bytes = max(self.memory_bytes, private - self._base_private)
         self.peak_bytes = max(self.peak_bytes, self.memory_bytes)
         self._cost_s = self._known_at - began
+
+    def final(self, cpu_ms: int, peak_bytes: int) -> None:
+        """Take what the kernel told the host when the process had ended; both since its fork."""
+        self.cpu_ms = max(self.cpu_ms, cpu_ms - self._base.cpu_ms)
+        self.last = replace(self.last, peak_bytes=max(self.last.peak_bytes, peak_bytes))
+        self.peak_bytes = max(self.peak_bytes, self._peak_between())
 
     def close(self) -> None:
         """Give the descriptor back; idempotent."""

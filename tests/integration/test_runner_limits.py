@@ -414,11 +414,11 @@ async def test_a_spool_that_is_closed_under_a_writer_gives_its_file_back(tmp_pat
 async def test_a_host_without_free_descriptors_says_so_and_goes_on_when_it_has_some() -> None:
     async with tiny_host(ready=1) as host:
         pid = host.facts.pid
+        (await host.lend()).discard()
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
         free = next(number for number in range(10_000) if number not in used)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
-        (await host.lend()).discard()
         with pytest.raises(NoRunnerError, match=r"gets no runner at present: its host has no free descriptor\."):
             await host.lend()
         waiting = asyncio.create_task(host.lend())

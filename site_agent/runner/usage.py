@@ -9,6 +9,7 @@ page faults since the last time could have taken the job over its limit, and oth
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,7 @@ class Meter:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._exact = -1
+        self._closing = threading.Lock()
         self._base, self._base_private, self._known_private = Usage(), 0, 0
         self._known_at, self._known = 0.0, Usage()
         self._cost_s = 0.0
@@ -111,7 +113,8 @@ class Meter:
 
     def close(self) -> None:
         """Give the descriptor back; idempotent."""
-        descriptor, self._exact = self._exact, -1
+        with self._closing:
+            descriptor, self._exact = self._exact, -1
         if descriptor >= 0:
             os.close(descriptor)
 
@@ -134,14 +137,23 @@ class Meter:
 
     def _private_bytes(self) -> int | None:
         try:
-            text = os.pread(self._exact, 4096, 0).decode() if self._exact >= 0 else ""
-        except OSError:  # the process is gone
+            with self._closing:  # `close` may come while a thread reads: its number could be another file's by then
+                descriptor = os.dup(self._exact) if self._exact >= 0 else -1
+            text = _read_at_once(descriptor) if descriptor >= 0 else ""
+        except OSError:  # the process is gone, or we have no free descriptor
             return None
         values = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         try:
             return sum(int(values[name].split()[0]) for name in ("Private_Dirty", "SwapPss")) * _KIB
         except (KeyError, ValueError, IndexError):
             return None
+
+
+def _read_at_once(descriptor: int) -> str:
+    try:
+        return os.pread(descriptor, 4096, 0).decode()
+    finally:
+        os.close(descriptor)
 
 
 def read_usage(pid: int) -> Usage | None:

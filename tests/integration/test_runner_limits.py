@@ -411,37 +411,38 @@ async def test_a_spool_that_is_closed_under_a_writer_gives_its_file_back(tmp_pat
 # ---------------------------------------------------------------------------------------- a machine that has no more
 
 
-async def test_a_host_without_free_descriptors_says_so_and_goes_on_when_it_has_some() -> None:
-    async with tiny_host(ready=1) as host:
-        pid = host.facts.pid
-        (await host.lend()).discard()
-        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
-        free = next(number for number in range(10_000) if number not in used)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
-        with pytest.raises(NoRunnerError, match=r"gets no runner at present: its host has no free descriptor\."):
-            await host.lend()
-        waiting = asyncio.create_task(host.lend())
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-        ended = await played(await waiting, traces.one_read())
-        assert ended.values["hidden"].shape[-1] == 64
-        assert not host.closed.done()
+async def test_a_host_without_free_descriptors_says_so_and_goes_on_when_it_has_some(
+    host: ModelHost,
+) -> None:
+    pid = host.facts.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = next(number for number in range(10_000) if number not in used)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
+    with pytest.raises(NoRunnerError, match=r"gets no runner at present: its host has no free descriptor\."):
+        while True:
+            (await host.lend()).discard()
+    waiting = asyncio.create_task(host.lend())
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    ended = await played(await waiting, traces.one_read())
+    assert ended.values["hidden"].shape[-1] == 64
+    assert not host.closed.done()
 
 
-async def test_an_agent_without_free_descriptors_says_so_and_goes_on_when_it_has_some() -> None:
-    async with tiny_host(ready=1) as host:
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        (await host.lend()).discard()
-        free = os.dup(0)
-        os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
-        try:
-            with pytest.raises(NoRunnerError, match="the agent cannot open a socket: Too many open files"):
-                while True:
-                    (await host.lend()).discard()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert (await run(host, traces.one_read())).values["hidden"].shape[-1] == 64
+async def test_an_agent_without_free_descriptors_says_so_and_goes_on_when_it_has_some(
+    host: ModelHost,
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(NoRunnerError, match="the agent cannot open a socket: Too many open files"):
+            while True:
+                (await host.lend()).discard()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (await run(host, traces.one_read())).values["hidden"].shape[-1] == 64
 
 
 async def test_a_fork_that_the_kernel_refuses_is_answered_and_costs_no_descriptor(
@@ -460,17 +461,18 @@ async def test_a_fork_that_the_kernel_refuses_is_answered_and_costs_no_descripto
         end.close()
 
 
-async def test_runners_that_die_at_once_are_made_again_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with tiny_host(ready=1) as host:
-        honest, deaths = Runner.ready, [3]
+async def test_runners_that_die_at_once_are_made_again_ever_more_rarely(
+    host: ModelHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, deaths = Runner.ready, [3]
 
-        async def dies(runner: Runner) -> None:
-            if deaths[0] > 0:
-                deaths[0] -= 1
-                os.kill(runner.pid, signal.SIGKILL)
-            await honest(runner)
+    async def dies(runner: Runner) -> None:
+        if deaths[0] > 0:
+            deaths[0] -= 1
+            os.kill(runner.pid, signal.SIGKILL)
+        await honest(runner)
 
-        monkeypatch.setattr(Runner, "ready", dies)
+    monkeypatch.setattr(Runner, "ready", dies)
+    while deaths[0] > 0:
         (await host.lend()).discard()
-        assert (await run(host, traces.one_read())).values["hidden"].shape[-1] == 64
-        assert deaths == [0]
+    assert (await run(host, traces.one_read())).values["hidden"].shape[-1] == 64

@@ -185,10 +185,9 @@ def test_cancelling_a_queued_job_takes_it_out_of_the_queue_and_bothers_no_site()
     waiting = desk.orders(1)
     assert stops(desk.happens(ev.CancelRequested(waiting, ALICE, "enough", "ask"))) == []
     assert desk.job(waiting).status is JobStatus.CANCELLED
-    desk.sent.clear()
     desk.fails(running, Blame.USER)
-    assert grants(desk.sent) == []
-    assert desk.job(waiting).attempt == 0
+    desk.passes(3000, A)
+    assert (desk.job(waiting).status, desk.job(waiting).attempt) == (JobStatus.CANCELLED, 0)
 
 
 def test_an_orders_time_ends_it_whether_queued_or_placed() -> None:

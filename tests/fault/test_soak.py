@@ -110,9 +110,9 @@ async def test_the_digest_is_that_of_the_weights_as_they_lie_in_the_host() -> No
 
 async def test_an_agent_that_ran_hostile_jobs_holds_no_more_than_before(tmp_path: Path) -> None:
     """The same through a whole site: order, grant, runner, result, report."""
-    limits = Limits(wall_ms=600, memory_bytes=150 << 20, result_bytes=64 << 20, log_bytes=10_000)
 
-    async def runs(site: Site, payload: bytes) -> AttemptStatus:
+    async def runs(site: Site, payload: bytes, wall_ms: int = 600) -> AttemptStatus:
+        limits = Limits(wall_ms=wall_ms, memory_bytes=150 << 20, result_bytes=64 << 20, log_bytes=10_000)
         order: Order = await site.coordinator.order(payload, limits=limits)
         assert isinstance(await site.coordinator.place(order), Received)
         report = await site.coordinator.ended(order)
@@ -128,7 +128,7 @@ async def test_an_agent_that_ran_hostile_jobs_holds_no_more_than_before(tmp_path
             for source in HOSTILE.values():
                 await runs(site, code(source))
             for _ in range(5):
-                assert await runs(site, traces.one_read()) is AttemptStatus.SUCCEEDED
+                assert await runs(site, traces.one_read(), 60_000) is AttemptStatus.SUCCEEDED
             await at_rest(host, lambda: site.coordinator.adverts[-1].free_slots == 2)
             if turn == 0:
                 early = footprint(agent, host)

@@ -155,6 +155,8 @@ class ClientConfig:
     """The coordinator's web page, shown by `edif status`."""
     sandbox: Literal["", "base", "namespaced", "strict"] = ""
     """The least sandbox profile that every order of ours demands; empty: the site's own choice."""
+    limits: Limits = Limits()
+    """What an order asks for when nothing else is said: by `edif run`, the gateway and the Python client."""
 
 
 def home() -> Path:
@@ -182,6 +184,8 @@ def load_config(cls: type[C], path: Path) -> C:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"In {path}: {where}: {first['msg']}.") from error
+    if unknown := sorted(set(data.get("limits", ())) - set(Limits.__dataclass_fields__)):
+        raise ConfigError(f"In {path}: limits.{unknown[0]}: there is no such limit.")
     for name in (config.federation, getattr(config, "site", "x")):
         if not is_name(name):
             raise ConfigError(f"In {path}: {name!r} is no name: use lower-case letters, digits and dashes.")

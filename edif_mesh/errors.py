@@ -19,7 +19,7 @@ user means that their own code failed.
     +-- JobError                how a job ended, for the one who waits for it
     |   +-- UserCodeError  JobFailedError  JobCancelledError  JobExpiredError
     +-- SiteError               what a site's own machinery reports
-        +-- ModelLoadError  RunnerError  SandboxError
+        +-- ModelLoadError  SandboxError  RunnerError (NoRunnerError)
 """
 
 from __future__ import annotations
@@ -231,6 +231,12 @@ class RunnerError(SiteError):
     """A runner could not be started or ended without a result."""
 
     code = "runner"
+
+
+class NoRunnerError(RunnerError):
+    """The machine refuses more processes or descriptors at present; the host itself is well."""
+
+    code = "no_runner"
 
 
 class SandboxError(SiteError):

@@ -44,9 +44,15 @@ class Run:
 @contextlib.asynccontextmanager
 async def tiny_host(ready: int = 1, **settings: Any) -> AsyncIterator[ModelHost]:
     """A host of the tiny model, by default under the weakest profile; closed at the end. `settings` as in HostSettings."""
-    models.tiny_gpt2()
+    async with a_host(models.tiny_gpt2(), ready, **settings) as host:
+        yield host
+
+
+@contextlib.asynccontextmanager
+async def a_host(repo_id: str, ready: int = 1, **settings: Any) -> AsyncIterator[ModelHost]:
+    """A host of a test model; closed at the end."""
     host = await ModelHost.start(
-        ModelSpec(models.TINY), HostSettings(ready_children=ready, hf_cache=models.cache(), **settings)
+        ModelSpec(repo_id), HostSettings(ready_children=ready, hf_cache=models.cache(), **settings)
     )
     try:
         yield host

@@ -229,7 +229,7 @@ class PlayedCoordinator:
 class AgentProcess:
     """One `edif-site run` over a settings file of its own."""
 
-    def __init__(self, folder: Path, keys: Keys, server: NatsServer, **settings: object) -> None:
+    def __init__(self, folder: Path, keys: Keys, server: NatsServer, more: str = "", **settings: object) -> None:
         self.folder, self.config, self.state = folder, folder / "site.toml", folder / "state"
         self.process: subprocess.Popen[bytes] | None = None
         values: dict[str, object] = {"slots": 2, "ready_children": 2, "advert_ms": 300, "country": "DE"} | settings
@@ -238,7 +238,7 @@ class AgentProcess:
             f'federation = "{FEDERATION}"\nsite = "{SITE}"\nkey_file = "{keys.file}"\n'
             f'trust_file = "{keys.trust_file}"\nstate_dir = "{self.state}"\nhf_cache = "{models.cache()}"\n'
             f"memory_bytes = {8 << 30}\n" + "\n".join(lines) + f'\n[broker]\nurl = "{server.url}"\n'
-            f'[[models]]\nrepo_id = "{models.TINY}"\n'
+            f'[[models]]\nrepo_id = "{models.TINY}"\n{more}\n'
         )
 
     def start(self) -> None:
@@ -312,13 +312,16 @@ class Site:
 
 
 @asynccontextmanager
-async def a_site(folder: Path, **settings: object) -> AsyncIterator[Site]:
-    """Start all three under `folder` (which exists); `settings` are keys of the site's settings file. Ends everything afterwards."""
+async def a_site(folder: Path, more: str = "", **settings: object) -> AsyncIterator[Site]:
+    """Start all three under `folder` (which exists); `settings` are keys of the site's settings file, `more` its tables.
+
+    Ends everything afterwards.
+    """
     models.tiny_gpt2()
     # Serializing the first trace imports torch; afterwards no test blocks the loop for seconds.
     traces.one_read()
     server, keys = NatsServer(folder), Keys(folder)
-    agent = AgentProcess(folder, keys, server, **settings)
+    agent = AgentProcess(folder, keys, server, more, **settings)
     server.start()
     try:
         coordinator = await play(keys, server)

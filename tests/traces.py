@@ -31,6 +31,14 @@ def tiny_model() -> Any:
     return TransformersModel(str(folder), task="text-generation")
 
 
+def loaded_tiny_model() -> Any:
+    """The tiny GPT-2 with its weights, in this process."""
+    folder = next((models.cache() / f"models--{models.tiny_gpt2().replace('/', '--')}" / "snapshots").iterdir())
+    from nnsight.modeling.transformers import TransformersModel
+
+    return TransformersModel(str(folder), task="text-generation", dispatch=True)
+
+
 def payload(body: Callable[[Any, Any], None]) -> bytes:
     """Return the payload of the trace that `body(model, capture)` makes with `backend=capture`."""
     capture = _Capture()

@@ -167,7 +167,8 @@ def _problem(draft: Draft, order: Order) -> tuple[str, str] | None:
     if order.max_attempts < 1:
         return "attempts", "An order must allow at least one attempt."
     asked = order.limits
-    if min(asked.wall_ms, asked.memory_bytes, asked.result_bytes, order.payload.size_bytes) <= 0 or asked.log_bytes < 0:
+    positive = (asked.wall_ms, asked.memory_bytes, asked.result_bytes, order.payload.size_bytes)
+    if min(positive) <= 0 or min(asked.log_bytes, asked.cpu_ms) < 0:
         return "limits", "The limits and the size of the payload that an order states must be positive."
     if order.payload.codec not in CODECS:
         return "codec", f"The payload's form {order.payload.codec!r} is unknown here; nnsight 0.8 is needed."

@@ -88,6 +88,8 @@ def _reasons(order: Order, record: SiteRecord, free_slots: int, free_memory_byte
         ("seconds of run time", asked.wall_ms / 1000, most.wall_ms / 1000),
         ("GB of memory", asked.memory_bytes / 1e9, most.memory_bytes / 1e9),
         ("GB of result", asked.result_bytes / 1e9, most.result_bytes / 1e9),
+        ("MB of printed text", asked.log_bytes / 1e6, most.log_bytes / 1e6),
+        ("seconds of processor time", asked.cpu_ms / 1000, (most.cpu_ms or asked.cpu_ms) / 1000),
     ):
         if want > have:
             yield Failure("limits", f"{site} allows {have:,.2f} {name}; your order asks for {want:,.2f}.")

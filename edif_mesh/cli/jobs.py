@@ -9,6 +9,7 @@ from pathlib import Path
 from edif_mesh.cli.exit_codes import FAILED, OK
 from edif_mesh.cli.render import ago, as_json, err, gigabytes, say, seconds, table
 from edif_mesh.client.mesh import Mesh
+from edif_mesh.domain.attempt import Receipt
 from edif_mesh.domain.job import JobStatus
 from edif_mesh.errors import ConfigError
 from edif_mesh.wire.messages import JobSnapshot
@@ -58,9 +59,22 @@ def show_job(*, job: str, json: bool) -> int:
         ],
         empty="No attempt yet.",
     )
+    for attempt in found.attempts:
+        if attempt.receipt is not None:
+            say(f"\nReceipt of attempt {attempt.attempt}, by {attempt.site}: {_receipt(attempt.receipt)}")
     if found.failure is not None:
         say("\n" + found.failure.text)
     return OK
+
+
+def _receipt(receipt: Receipt) -> str:
+    device = f" and {gigabytes(receipt.device_memory_bytes)} of its memory" if receipt.device_memory_bytes else ""
+    load = f"; it had waited {seconds(receipt.load_ms)} for the model to load" if receipt.load_ms else ""
+    return (
+        f"{seconds(receipt.wall_ms)} run time, {seconds(receipt.cpu_ms)} processor time on {receipt.device or '?'}{device}, "
+        f"{gigabytes(receipt.peak_memory_bytes)} memory at its highest, {gigabytes(receipt.result_bytes)} result, "
+        f"{receipt.log_bytes:,} bytes printed, in the sandbox {receipt.sandbox or '?'}{load}."
+    )
 
 
 def show_why(*, job: str, json: bool) -> int:

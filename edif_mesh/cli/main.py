@@ -76,8 +76,16 @@ def down(state: State = None, json: Json = False) -> None:
 
 
 @app.command()
-def status(json: Json = False) -> None:
-    """Show whether the mesh answers, its sites, and how much is queued and running."""
+def status(
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="A job's id: shows it, as `edif show` does.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show whether the mesh answers, its sites, and how much is queued and running; or one job with its receipt."""
+    if job is not None:
+        show(job, json)
+        return
     from edif_mesh.cli.mesh import show_status
 
     _run(show_status, json=json)
@@ -171,27 +179,38 @@ def fetch(
     _run(fetch_result, job=job, output=output, json=json)
 
 
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What each job may use: wall=90min, cpu=2h, memory=16GB, result=1GB, log=4MB. Repeatable. "
+        "Default: [limits] of client.toml."
+    ),
+]
 _SCRIPT: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command(context_settings=_SCRIPT)
 def run(
-    context: typer.Context, script: Annotated[Path, typer.Argument(help="A Python script that uses nnsight.")]
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A Python script that uses nnsight.")],
+    limit: LimitOption = None,
 ) -> None:
     """Run a script whose `remote=True` goes through the mesh; starts a gateway when none runs."""
     from edif_mesh.cli.run import run_script
 
-    _run(run_script, script=script, arguments=tuple(context.args), wait=True)
+    _run(run_script, script=script, arguments=tuple(context.args), wait=True, limits=tuple(limit or ()))
 
 
 @app.command(context_settings=_SCRIPT)
 def submit(
-    context: typer.Context, script: Annotated[Path, typer.Argument(help="A Python script that uses nnsight.")]
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A Python script that uses nnsight.")],
+    limit: LimitOption = None,
 ) -> None:
     """Send a script's remote jobs without waiting and print their ids; fetch the results later."""
     from edif_mesh.cli.run import run_script
 
-    _run(run_script, script=script, arguments=tuple(context.args), wait=False)
+    _run(run_script, script=script, arguments=tuple(context.args), wait=False, limits=tuple(limit or ()))
 
 
 @app.command()

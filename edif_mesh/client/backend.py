@@ -30,7 +30,7 @@ class MeshBackend:
         mesh: Mesh | BlockingMesh,
         model: Any,
         *,
-        limits: Limits = Limits(),  # noqa: B008
+        limits: Limits | None = None,
         audience: Audience = Audience(),  # noqa: B008
         name: str = "",
         job_class: JobClass = JobClass.INTERACTIVE,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edif_mesh.client.job import Job
 from edif_mesh.client.mesh import JobSpec, Mesh
 from edif_mesh.config import ClientConfig
+from edif_mesh.domain.attempt import Receipt
 from edif_mesh.wire.messages import JobSnapshot, MeshView
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ class BlockingJob:
     ) -> dict[str, Any]:
         """See `Job.result`."""
         return self._mesh.run(self._job.result(on_update=on_update, progress=progress, classes=classes))
+
+    def receipt(self) -> Receipt | None:
+        """See `Job.receipt`."""
+        return self._mesh.run(self._job.receipt())
 
     def cancel(self, reason: str = "cancelled by the researcher") -> JobSnapshot:
         """See `Job.cancel`."""

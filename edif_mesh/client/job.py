@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edif_mesh.client.lines import LineFollower, stored_lines
+from edif_mesh.domain.attempt import Receipt
 from edif_mesh.domain.ids import Digest, JobId, SiteId
 from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.errors import (
@@ -154,6 +155,17 @@ class Job:
     async def cancel(self, reason: str = "cancelled by the researcher") -> JobSnapshot:
         """End the job; what runs is stopped within a second. Raises NotFoundError."""
         return await self._ask(CancelJob(self.id, now_ms(), reason))
+
+    async def receipt(self) -> Receipt | None:
+        """Return what the newest attempt has used, or None before a site has said so.
+
+        Of a job that succeeded it comes from the manifest, whose signature by the site is verified here. Otherwise it is
+        the coordinator's word, which has verified the site's signed report. Raises NotFoundError, ManifestError.
+        """
+        last = await self.status()
+        if last.status is JobStatus.SUCCEEDED:
+            return self.verified_manifest(last).receipt
+        return next((attempt.receipt for attempt in reversed(last.attempts) if attempt.receipt is not None), None)
 
     # -------------------------------------------------------------------------------------------------------- output
 

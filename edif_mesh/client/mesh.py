@@ -69,7 +69,8 @@ class JobSpec:
     uncompressed_bytes: int = 0
     env: dict[str, str | None] | None = None
     client: Versions = Versions()
-    limits: Limits = Limits()
+    limits: Limits | None = None
+    """None: the `[limits]` of the client's settings."""
     audience: Audience = Audience()
     name: str = ""
     job_class: JobClass = JobClass.INTERACTIVE
@@ -170,7 +171,7 @@ class Mesh:
             env=spec.env or {},
             audience=spec.audience,
             max_attempts=spec.max_attempts,
-            limits=spec.limits,
+            limits=spec.limits or self.config.limits,
             job_class=spec.job_class,
             name=spec.name,
             sandbox=spec.sandbox or self.config.sandbox,

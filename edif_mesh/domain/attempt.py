@@ -55,11 +55,21 @@ class Blame(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one attempt used; measured by the site that ran it."""
+    """What one attempt used, as the kernel of the site counted it; never the word of the code that ran."""
 
     wall_ms: int = 0
+    """From the payload's arrival in the runner to its end."""
     cpu_ms: int = 0
+    """Of all threads."""
     peak_memory_bytes: int = 0
     """Private memory of the runner at its highest, without the shared weights."""
     result_bytes: int = 0
     device: str = ""
+    log_bytes: int = 0
+    """Printed text."""
+    sandbox: str = ""
+    """The confinement profile it ran under."""
+    load_ms: int = 0
+    """How long the model took to load, when this attempt had to wait for that; else 0."""
+    device_memory_bytes: int = 0
+    """GPU memory at its highest, without the shared weights; 0 on a CPU."""

@@ -54,6 +54,9 @@ class Limits:
     """Memory of the runner beyond the shared weights."""
     result_bytes: int = 8 << 30
     log_bytes: int = 1 << 20
+    """Of printed text; what is beyond is not shown, and the job goes on."""
+    cpu_ms: int = 0
+    """Processor time over all threads; 0 means `wall_ms` times the threads that the site gives a runner."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from edif_mesh.client.limits import with_limits
 from edif_mesh.client.mesh import Mesh
 from edif_mesh.config import ClientConfig, home, load_config
 from edif_mesh.errors import EdifError
@@ -27,12 +28,16 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=home() / "client.toml", help="the client's settings file")
     parser.add_argument("--host", help="address to listen on (default: from the settings, 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: from the settings, 8001)")
+    parser.add_argument("--limit", action="append", default=[], help="NAME=VALUE, over [limits] of the settings")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         config = load_config(ClientConfig, given.config)
         config = replace(
-            config, gateway_host=given.host or config.gateway_host, gateway_port=given.port or config.gateway_port
+            config,
+            gateway_host=given.host or config.gateway_host,
+            gateway_port=given.port or config.gateway_port,
+            limits=with_limits(config.limits, given.limit),
         )
         serve(config)
     except EdifError as error:

@@ -59,6 +59,10 @@ def meta_of(snapshot: JobSnapshot) -> dict[str, Any]:
             "memory_bytes": receipt.peak_memory_bytes,
             "result_bytes": receipt.result_bytes,
             "device": receipt.device,
+            "device_memory_bytes": receipt.device_memory_bytes,
+            "log_bytes": receipt.log_bytes,
+            "sandbox": receipt.sandbox,
+            "load_s": receipt.load_ms / 1000,
         }
     return meta
 

@@ -137,6 +137,9 @@ def _limits(order: Order, state: State) -> Failure | None:
         asked, most = getattr(order.limits, name), getattr(state.policy.limits, name)
         if not 0 <= asked <= most:
             return Failure("over_site_limits", f"The order asks for {name} {asked}; this site allows 0 to {most}.")
+    asked, most = order.limits.cpu_ms, state.policy.limits.cpu_ms  # 0 at the site: no limit but that of the wall time
+    if asked < 0 or 0 < most < asked:
+        return Failure("over_site_limits", f"The order asks for cpu_ms {asked}; this site allows 0 to {most or 'any'}.")
     return None
 
 

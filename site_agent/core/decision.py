@@ -30,7 +30,7 @@ from site_agent.core.changes import (
     ReportSettled,
     StatusChanged,
 )
-from site_agent.core.state import AttemptKey, Held, Model, Now, State
+from site_agent.core.state import AttemptKey, Ending, Held, Model, Now, State
 
 RESTART_GAP = 1_000
 """How far the sequence jumps at a restart: reports of progress are not journaled, and must not be newer."""
@@ -109,6 +109,8 @@ def decide(event: ev.Event, state: State, now: Now) -> Decision:
             return _end(state, key, AttemptStatus.SUCCEEDED, now, manifest=manifest, receipt=receipt)
         case ev.AttemptFailed(key, failure, blame, receipt):
             return _end(state, key, AttemptStatus.FAILED, now, failure=failure, blame=blame, receipt=receipt)
+        case ev.AttemptStopped(key, receipt):
+            return _stopped(state, key, receipt, now)
         case ev.PayloadRefused(key, failure):
             return _payload_refused(state, key, failure, now)
         case ev.ModelProgressed(repo_id, detail):
@@ -280,7 +282,7 @@ def _tick(state: State, now: Now, forget: bool) -> Decision:
 
 def _progress(state: State, key: AttemptKey, status: AttemptStatus, now: Now, detail: str = "") -> Decision:
     held = state.held.get(key)
-    if held is None:
+    if held is None or held.ending is not None:
         return Decision()
     report = _report(held, status, state, now, detail=detail)
     return Decision((Reported(report),), (SendReport(report),))
@@ -317,21 +319,37 @@ def _end(
     manifest: str | None = None,
     kill: str = "",
 ) -> Decision:
-    """Return the decision that ends a held attempt with its last report; empty when it is held no longer."""
+    """Return the decision that ends a held attempt with its last report; empty when it is held no longer.
+
+    With `kill`, what runs is stopped first: `AttemptStopped` follows when its runner is gone, and only then the report.
+    """
     held = state.held.get(key)
     if held is None:
         return Decision()
+    if kill and held.ending is not None:
+        return Decision()
+    if kill and held.started:
+        stopping = replace(held, ending=Ending(status, detail, failure, blame))
+        return Decision((HeldChanged(stopping),), (KillAttempt(key, kill),))
+    said = held.ending or Ending(status, detail, failure, blame)
+    status, failure = said.status, said.failure
     report = replace(
-        _report(held, status, state, now, detail=detail),
+        _report(held, status, state, now, detail=said.detail),
         failure=failure,
-        blame=blame,
+        blame=said.blame,
         receipt=receipt,
-        manifest=manifest,
+        manifest=manifest if status is AttemptStatus.SUCCEEDED else None,
     )
-    stops: tuple[Effect, ...] = (KillAttempt(key, kill),) if kill else ()
     advert: tuple[Effect, ...] = () if held.computed else (SendAdvert(),)
     why = f"{held.job} attempt {held.attempt} {status}" + (f": {failure.code}" if failure else "")
-    return Decision((AttemptEnded(report), Audited("ended", why)), (*stops, SendReport(report), *advert))
+    return Decision((AttemptEnded(report), Audited("ended", why)), (SendReport(report), *advert))
+
+
+def _stopped(state: State, key: AttemptKey, receipt: Receipt | None, now: Now) -> Decision:
+    held = state.held.get(key)
+    if held is None or held.ending is None:
+        return Decision()
+    return _end(state, key, held.ending.status, now, receipt=receipt)
 
 
 def _acknowledged(state: State, received: ReportReceived) -> Decision:
@@ -403,7 +421,7 @@ def _model_loaded(event: ev.ModelLoaded, state: State, now: Now) -> Decision:
             record += ended.record
             act += ended.act
         else:
-            ready = replace(held, started=True)
+            ready = replace(held, started=True, load_ms=event.offer.load_ms)
             record.append(HeldChanged(ready))
             act.append(StartAttempt(ready))
     return Decision(tuple(record), (*act, SendAdvert()))

@@ -98,6 +98,15 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptStopped:
+    """The runner of an attempt that was to be stopped is gone, and with it all that it held."""
+
+    key: AttemptKey
+    receipt: Receipt | None = None
+    """None when no runner had begun."""
+
+
+@dataclass(frozen=True, slots=True)
 class PayloadRefused:
     """The payload is missing or not the one the order names; nothing was run."""
 
@@ -188,6 +197,7 @@ Event = (
     | AttemptComputed
     | AttemptSucceeded
     | AttemptFailed
+    | AttemptStopped
     | PayloadRefused
     | ModelProgressed
     | ModelLoaded

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edif_mesh.domain.attempt import AttemptStatus
+from edif_mesh.domain.attempt import AttemptStatus, Blame
 from edif_mesh.domain.ids import AttemptNumber, BootId, Digest, Epoch, FederationId, JobId, SiteId
-from edif_mesh.domain.job import Limits
+from edif_mesh.domain.job import Failure, Limits
 from edif_mesh.domain.site import Device, ModelOffer, ModelState, SiteStatus, Versions
 from edif_mesh.wire.messages import Order
 
@@ -39,6 +39,16 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """Why an attempt is being stopped: what its last report will say once its runner is gone."""
+
+    status: AttemptStatus
+    detail: str = ""
+    failure: Failure | None = None
+    blame: Blame | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """One attempt that this run of the agent has accepted and not yet ended."""
 
@@ -58,6 +68,10 @@ class Held:
     """Its model is loaded and the shell runs it."""
     computed: bool = False
     """The runner has ended; what is left is to deliver its result. It uses no slot and no lease ends it."""
+    load_ms: int = 0
+    """How long its model took to load, when it had to wait for that."""
+    ending: Ending | None = None
+    """It is being stopped; it keeps its slot and its memory until its runner is gone."""
 
     @property
     def key(self) -> AttemptKey:

@@ -21,22 +21,26 @@ from importlib.metadata import version
 from typing import Any
 
 from edif_mesh.errors import SandboxError
+from site_agent.hosting.digest import weights_digest
 from site_agent.hosting.pages import collapse
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.child import address_space_bytes, execute, forget_warm_up, serve
 from site_agent.runner.confine import settings_for
 from site_agent.runner.namespaces import Enclosure
-from site_agent.runner.process import harden_parent
+from site_agent.runner.process import die_with_parent, harden_parent
 
 MAX_CONTROL_BYTES = 64 << 10
 Start = Callable[[socket.socket, int, int], None]
 """Makes a forked child a runner: its socket, the host's process id, and the child's number. Never returns."""
+FORK, DIGEST = b"fork", b"digest"
+"""What the agent asks on the control socket: a runner (with the descriptor of its socket), the weights' digest."""
 
 
 def main(control: socket.socket, enclosure: Enclosure) -> None:
     """Load, then serve forks until the control socket closes."""
     order = json.loads(control.recv(MAX_CONTROL_BYTES))
     spec = ModelSpec(**order["spec"])
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # runners open their own memory's count by it
     try:
         settings = settings_for(tuple(order["readable"]), namespaces=enclosure.active)
         model, facts = load(spec, control)
@@ -59,9 +63,9 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
     _say(control, {"facts": asdict(replace(facts, sandbox=enclosure.profile))})
 
     def start(sock: socket.socket, host: int, number: int) -> None:
-        serve(sock, model, payload, settings, host, number=number, address_space=size)
+        serve(sock, model, payload, settings, host, number=number, address_space=size, proc=proc)
 
-    _serve_forks(control, enclosure, start)
+    _serve_forks(control, enclosure, model, start)
 
 
 def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
@@ -128,7 +132,7 @@ def _warm_up(model: Any) -> bytes | None:
     return capture.payload
 
 
-def _serve_forks(control: socket.socket, enclosure: Enclosure, start: Start) -> None:
+def _serve_forks(control: socket.socket, enclosure: Enclosure, model: Any, start: Start) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     os.set_blocking(reader, False)
@@ -145,8 +149,12 @@ def _serve_forks(control: socket.socket, enclosure: Enclosure, start: Start) -> 
             data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
             if not data:
                 return
-            for descriptor in descriptors:
-                _fork(control, enclosure, descriptor, start)
+            if data == DIGEST:
+                _digest(control, model)
+            elif descriptors:
+                _fork(control, enclosure, descriptors[0], start)
+            else:  # the kernel drops what a process at its limit of descriptors cannot take
+                _say(control, {"refused": "its host has no free descriptor"})
 
 
 def _fork(control: socket.socket, enclosure: Enclosure, descriptor: int, start: Start) -> None:
@@ -155,7 +163,8 @@ def _fork(control: socket.socket, enclosure: Enclosure, descriptor: int, start: 
         pid, number = enclosure.fork()
     except (OSError, SandboxError) as error:
         os.close(descriptor)
-        _say(control, {"not_forked": str(error)})
+        why = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        _say(control, {"refused": f"the kernel refused a process: {why}"})
         return
     if pid == 0:
         signal.set_wakeup_fd(-1)
@@ -167,15 +176,35 @@ def _fork(control: socket.socket, enclosure: Enclosure, descriptor: int, start: 
     os.close(pidfd)
 
 
+def _digest(control: socket.socket, model: Any) -> None:
+    """Answer with the weights' digest, computed by a child of its own: nothing of the host's memory is touched for it."""
+    try:
+        pid = os.fork()
+    except OSError as error:
+        _say(control, {"digest": "", "why": f"the kernel refused a process: {error.strerror}"})
+        return
+    if pid == 0:
+        try:
+            signal.set_wakeup_fd(-1)
+            die_with_parent()
+            _say(control, {"digest": weights_digest(model)})
+        except BaseException as error:
+            _say(control, {"digest": "", "why": f"{type(error).__name__}: {error}"[:500]})
+        finally:
+            os._exit(0)
+
+
 def _reap(control: socket.socket) -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, used = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
             return
-        _say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
+        cpu_ms = int((used.ru_utime + used.ru_stime) * 1000)
+        peak = used.ru_maxrss << 10
+        _say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status), "cpu_ms": cpu_ms, "peak": peak})
 
 
 def _say(control: socket.socket, message: dict[str, Any], *descriptors: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import pwd
 import signal
@@ -16,17 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from edif_mesh.domain.site import SandboxProfile
-from edif_mesh.errors import ModelLoadError, RunnerError, SandboxError
+from edif_mesh.errors import ModelLoadError, NoRunnerError, RunnerError, SandboxError
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.confine import interpreter_folders
 from site_agent.runner.process import clean_environment, host_command, host_folders
 from site_agent.runner.selftest import deviation, pid_of
 from site_agent.runner.supervisor import Runner
 
+log = logging.getLogger(__name__)
+
 _SOCKET_BUFFER = 4 << 20
 _SETUP_FAILURES = 3
+"""Sandboxes refused in a row after which the host is given up."""
+_DEATHS = 10
+"""Runners in a row that could not be made, the last of which died before it was ready, after which the host is given up."""
+_PATIENCE = 5
+"""So many in a row (3 s), and who waits for a runner is told to go elsewhere; the host goes on trying."""
+_LEAST_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 5.0
 _READY_S = 60.0
 _END_S = 10.0
+_DIGEST_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +64,16 @@ class ModelHost:
         self._process: asyncio.subprocess.Process
         self._control: socket.socket
         self._unborn: deque[socket.socket] = deque()
-        self._exits: dict[int, asyncio.Future[int | None]] = {}
+        self._children: dict[int, Runner] = {}
         self._ready: asyncio.Queue[Runner] = asyncio.Queue()
         self._waiting = 0
-        self._failures = 0
         self._pidfd = -1
+        self._failures = self._refusals = 0
+        self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Resolved, and replaced, when the machine has refused runners for too long."""
+        self._backoff: asyncio.TimerHandle | None = None
+        self._digest: asyncio.Future[dict[str, Any]] | None = None
+        self._digesting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -110,7 +125,10 @@ class ModelHost:
         return self._ready.qsize()
 
     async def lend(self) -> Runner:
-        """Return a ready runner, and have the next one forked. Raises RunnerError when the host is gone."""
+        """Return a ready runner, and have the next one forked.
+
+        Raises RunnerError when the host is gone, NoRunnerError when the machine has refused it processes for seconds.
+        """
         while True:
             runner = await self._next_ready()
             if not runner.exited.done():
@@ -124,7 +142,8 @@ class ModelHost:
         if self._ready.empty() and len(self._unborn) + self._warming < self._waiting:
             self._fork()
         getting = asyncio.ensure_future(self._ready.get())
-        either: set[asyncio.Future[Any]] = {getting, self.closed}
+        refused = self._refused
+        either: set[asyncio.Future[Any]] = {getting, self.closed, refused}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -135,7 +154,7 @@ class ModelHost:
             self._waiting -= 1
             getting.cancel()
         if not getting.done() or getting.cancelled():
-            raise RunnerError(self.closed.result())
+            raise RunnerError(self.closed.result()) if self.closed.done() else NoRunnerError(refused.result())
         return getting.result()
 
     def replenish(self) -> None:
@@ -144,8 +163,29 @@ class ModelHost:
         for _ in range(max(0, missing)):
             self._fork()
 
+    async def weights_digest(self) -> str:
+        """Return the SHA-256 over the weights as the host has them now. Raises RunnerError with the reason.
+
+        A child of the host reads every byte of them: not for every job of a large model.
+        """
+        async with self._digesting:
+            if self.closed.done():
+                raise RunnerError(self.closed.result())
+            self._digest = asyncio.get_running_loop().create_future()
+            await asyncio.get_running_loop().sock_sendall(self._control, b"digest")
+            either: set[asyncio.Future[Any]] = {self._digest, self.closed}
+            await asyncio.wait(either, timeout=_DIGEST_S, return_when=asyncio.FIRST_COMPLETED)
+            if not self._digest.done():
+                raise RunnerError(f"The weights of {self.spec.repo_id} could not be read: no answer of the host.")
+            answer = self._digest.result()
+            if not answer["digest"]:
+                raise RunnerError(f"The weights of {self.spec.repo_id} could not be read: {answer['why']}.")
+            return str(answer["digest"])
+
     async def close(self) -> None:
         """End the host and all its runners."""
+        if self._backoff is not None:
+            self._backoff.cancel()
         while not self._ready.empty():
             self._ready.get_nowait().discard()
         await self._end_processes()
@@ -216,71 +256,98 @@ class ModelHost:
                     break
                 if "forked" in message:
                     self._born(int(str(message["forked"])), pidfd)
-                elif "not_forked" in message:
+                elif "refused" in message:
                     self._unborn.popleft().close()
-                    self._failed(str(message["not_forked"]))
+                    self._not_made(str(message["refused"]))
+                elif "digest" in message and self._digest is not None and not self._digest.done():
+                    self._digest.set_result(message)
                 elif "exited" in message:
-                    exited = self._exits.pop(int(str(message["exited"])), None)
-                    if exited is not None and not exited.done():
-                        exited.set_result(int(str(message["status"])))
+                    runner = self._children.pop(message["exited"], None)
+                    if runner is not None:
+                        runner.has_exited(message["status"], message["cpu_ms"], message["peak"])
         self._end(f"The host process of {self.spec.repo_id} died.")
 
     def _fork(self) -> None:
-        if self.closed.done():
+        if self.closed.done() or self._backoff is not None:
             return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-        ours.setblocking(False)
         try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            self._not_made(f"the agent cannot open a socket: {error.strerror}")
+            return
+        try:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+            ours.setblocking(False)
             socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
             self._unborn.append(ours)
-        except OSError:
+        except OSError as error:
             ours.close()
+            self._not_made(f"the host could not be asked: {error.strerror}")
         finally:
             theirs.close()
+
+    def _not_made(self, why: str, *, died: bool = False) -> None:
+        """The machine refused a runner, or one died at once: try again, ever more rarely. A loaded model is not given up for it."""
+        self._refusals += 1
+        log.warning("no runner", extra={"model": self.spec.repo_id, "text": why, "in_a_row": self._refusals})
+        text = f"{self.spec.repo_id} gets no runner at present: {why}"
+        if died and self._refusals >= _DEATHS:
+            self._end(f"{text} ({self._refusals} times in a row).")
+            return
+        if self._refusals >= _PATIENCE:
+            refused, self._refused = self._refused, asyncio.get_running_loop().create_future()
+            refused.set_result(f"{text}.")
+        if self._backoff is None:
+            wait_s = min(_MOST_BACKOFF_S, _LEAST_BACKOFF_S * 2 ** (self._refusals - 1))
+            self._backoff = asyncio.get_running_loop().call_later(wait_s, self._try_again)
+
+    def _try_again(self) -> None:
+        self._backoff = None
+        self._fork()
 
     def _born(self, pid: int, pidfd: int) -> None:
         """`pid` is the host's own count; exits are reported by it."""
         sock = self._unborn.popleft()
         try:
             runner = Runner(sock, pid_of(pidfd), device="cpu", pidfd=pidfd)
-        except (OSError, SandboxError):
+        except (OSError, SandboxError) as error:  # it ends at the end of its socket
             sock.close()
             if pidfd >= 0:
                 os.close(pidfd)
-            self._failed("a runner died at its birth")
+            self._not_made(f"the agent cannot watch a process: {error}", died=True)
             return
-        self._exits[pid] = runner.exited
+        self._children[pid] = runner
         self._spawn(self._await_ready(runner), name="warming")
 
     async def _await_ready(self, runner: Runner) -> None:
         try:
             await asyncio.wait_for(runner.ready(), _READY_S)
             if problem := deviation(runner.pid, self._settings.sandbox):
-                raise RunnerError(problem)
+                raise SandboxError(problem)
+        except SandboxError as error:
+            runner.discard()
+            self._failures += 1
+            if self._failures >= _SETUP_FAILURES:
+                self._end(f"Runners of {self.spec.repo_id} cannot be set up: {error}")
+                return
+            self._fork()
         except (RunnerError, TimeoutError) as error:
             runner.discard()
-            self._failed(str(error) or "not ready in time")
-            return
-        self._failures = 0
-        self._ready.put_nowait(runner)
-
-    def _failed(self, why: str) -> None:
-        """A runner could not be set up: try another one, unless that has been tried enough."""
-        self._failures += 1
-        if self._failures >= _SETUP_FAILURES:
-            self._end(f"Runners of {self.spec.repo_id} cannot be set up: {why}")
+            self._not_made(str(error).rstrip(".") or "it was not ready in time", died=True)
         else:
-            self._fork()
+            self._ready.put_nowait(runner)
+            recovered = self._refusals > 0
+            self._failures = self._refusals = 0
+            if recovered:
+                self.replenish()
 
     def _end(self, why: str) -> None:
         if not self.closed.done():
             self.closed.set_result(why)
-        for exited in self._exits.values():
-            if not exited.done():
-                exited.set_result(None)
-        self._exits.clear()
+        for runner in self._children.values():
+            runner.has_exited(None)
+        self._children.clear()
 
     def _spawn(self, work: object, name: str = "host") -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]

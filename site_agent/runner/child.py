@@ -12,6 +12,7 @@ import io
 import json
 import linecache
 import os
+import re
 import resource
 import signal
 import socket
@@ -36,7 +37,8 @@ from site_agent.runner.protocol import (
 )
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_MEMORY_SLACK_BYTES = 256 << 20
+_SLACK_BYTES, _THREAD_SLACK_BYTES = 256 << 20, 80 << 20
+"""Address space beyond the memory limit: libraries that a job is the first to import, and a stack and a heap for each thread."""
 _PROMPT_FRAMES = 500
 _BATCH_CHARACTERS = 16_384
 _MAX_LOG_FRAME = 60_000
@@ -52,14 +54,16 @@ def serve(
     *,
     number: int = 0,
     address_space: int = 0,
+    proc: int = -1,
 ) -> None:
     """Confine this process, a child of `host`; wait for one job on `sock`, warm up if that takes long, run it. Never returns.
 
-    `number` as for `confine`; `address_space` is the host's, for a child that sees no /proc.
+    `number` as for `confine`; `address_space` is the host's and `proc` a descriptor of its /proc, for a child that sees none.
     """
     status = 1
     try:
         address_space = address_space or address_space_bytes()
+        _hand_over_meter(sock, proc)
         gc.enable()
         confine(settings, sock.fileno(), number)
         if os.getppid() not in (host, 0):  # it died before the death signal was set; 0: it is outside our pid namespace
@@ -74,6 +78,17 @@ def serve(
         status = 2
     finally:
         os._exit(status)
+
+
+def _hand_over_meter(sock: socket.socket, proc: int) -> None:
+    """Give the supervisor the file in which the kernel counts our memory: once confined, we could not open it, nor may others."""
+    with contextlib.suppress(FileNotFoundError):
+        if proc >= 0:
+            meter = os.open("self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        else:
+            meter = os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
+        socket.send_fds(sock, [pack(Kind.METER)], [meter])
+        os.close(meter)
 
 
 def _serve_one(sock: socket.socket, model: Any, warm_payload: bytes | None, address_space: int) -> None:
@@ -92,7 +107,7 @@ def _serve_one(sock: socket.socket, model: Any, warm_payload: bytes | None, addr
     try:
         failure = _run(sock, model, head, bytes(payload), output)
     except MemoryError:
-        failure = ("out_of_memory", _memory_sentence(head))
+        failure = "out_of_memory", _memory_sentence(head)
     if failure is not None:
         output.close()
         code, text = failure
@@ -138,7 +153,7 @@ def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output:
         raise
     except BaseException as error:
         if _is_allocation_failure(error):
-            return "out_of_memory", _memory_sentence(head)
+            return "out_of_memory", _memory_sentence(head, str(error))
         return "user_error", _user_traceback(error, tracer)
     return _send_result(sock, values, head, output)
 
@@ -158,7 +173,7 @@ def _send_result(
         return (
             "result_too_large",
             f"The saved values take {archive.total_bytes / 1e6:,.1f} MB; this job may return {head.result_bytes / 1e6:,.1f} MB. "
-            "Save less (a slice, a mean, one layer), or order a higher limit.",
+            "Save less (a slice, a mean, one layer), or order a higher result_bytes.",
         )
     output.close()  # a thread that still prints must not speak in the middle of the result
     sock.sendall(pack(Kind.RESULT, SIZE.pack(archive.total_bytes)))
@@ -249,7 +264,13 @@ def _decompress(data: bytes, most: int) -> bytes:
 
 
 def _set_limits(head: JobHead, address_space: int) -> None:
-    most = address_space + head.memory_bytes + _MEMORY_SLACK_BYTES
+    """Have the kernel refuse what goes far beyond the limits; `address_space` is what this process had when it was forked.
+
+    It counts addresses, not memory: what was mapped for the weights is allowed for, however large. A job that unmaps
+    weights could fill their addresses anew, and pages that it copies by writing to weights have addresses already: these
+    the supervisor counts (`usage.Meter`).
+    """
+    most = address_space + head.memory_bytes + _SLACK_BYTES + head.threads * _THREAD_SLACK_BYTES
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     used = int(time.process_time())
@@ -267,10 +288,12 @@ def _is_allocation_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def _memory_sentence(head: JobHead) -> str:
+def _memory_sentence(head: JobHead, said: str = "") -> str:
+    found = re.search(r"allocate (\d{1,20}) bytes", said)
+    piece = f" The piece that was refused has {int(found[1]) / 1e9:,.2f} GB." if found else ""
     return (
-        f"The job needed more memory than its limit of {head.memory_bytes / 1e9:,.2f} GB (beyond the model's weights). "
-        "Save or keep less at once, or order a higher limit."
+        f"The job needed more memory than its limit of {head.memory_bytes / 1e9:,.2f} GB (beyond the model's weights).{piece} "
+        "Keep or save less at once, or order a higher memory_bytes."
     )
 
 
@@ -281,7 +304,7 @@ class LogWriter(io.TextIOBase):
     """What `print` writes to: whole lines as LOG frames, prompt at first, in batches when there are many, then cut."""
 
     def __init__(self, sock: socket.socket, limit_bytes: int) -> None:
-        self._sock, self._left = sock, limit_bytes
+        self._sock, self._left, self._limit = sock, limit_bytes, limit_bytes
         self._pending: list[str] = []
         self._size = 0
         self._frames = 0
@@ -323,7 +346,10 @@ class LogWriter(io.TextIOBase):
             self._left -= len(piece) + LOG_FRAME_COST_BYTES
             if self._left <= 0:
                 piece = piece[: max(0, self._left + len(piece))]
-                piece += b"\n[the output limit of this job is reached; the rest is not shown]\n"
+                piece += (
+                    f"\n[the output limit of this job, {self._limit:,} bytes, is reached; the rest is not shown. "
+                    "Print less, or order a higher log_bytes.]\n"
+                ).encode()
             self._sock.sendall(pack(Kind.LOG, piece))
             self._frames += 1
 

@@ -111,11 +111,14 @@ def _say_namespaces(control: socket.socket, folder: int) -> None:
 
 
 def _child(fork: Callable[[], tuple[int, int]], control: socket.socket, work: Callable[[int], None]) -> None:
+    reader, writer = os.pipe()
     pid, number = fork()
     if pid == 0:
         status = 1
         try:
             die_with_parent()
+            os.close(writer)
+            os.read(reader, 1)  # until the agent has been given our pidfd: what we say next is about that process
             work(number)
             status = 0
         except (SandboxError, OSError) as error:
@@ -125,7 +128,8 @@ def _child(fork: Callable[[], tuple[int, int]], control: socket.socket, work: Ca
             os._exit(status)
     pidfd = os.pidfd_open(pid)
     socket.send_fds(control, [json.dumps({"child": pid}).encode()], [pidfd])
-    os.close(pidfd)
+    for descriptor in (pidfd, reader, writer):
+        os.close(descriptor)
     _, status = os.waitpid(pid, 0)
     _say(control, {"ended": os.waitstatus_to_exitcode(status)})
 

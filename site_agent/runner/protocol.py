@@ -5,7 +5,7 @@ that many raw bytes. A runner speaks only for the job whose socket it holds: fra
 
 The whole conversation, as `Conversation` enforces it:
 
-    READY | FAILED(sandbox)                    before a job; the supervisor may then say WARM
+    METER READY | FAILED(sandbox)              before a job; the supervisor may then say WARM
     STARTED  LOG*  ( RESULT bytes DONE | FAILED )     for the one job
 """
 
@@ -40,13 +40,15 @@ class Kind(IntEnum):
     """Empty; the runner then waits to be killed."""
     FAILED = 15
     """JSON: code, text."""
+    METER = 16
+    """Empty, the very first frame; its descriptor is the runner's own `/proc/self/smaps_rollup` (see `usage.Meter`)."""
 
 
 LOG_FRAME_COST_BYTES = 64
 """What a LOG frame counts against the log limit besides its text: empty frames are not free."""
 
-FROM_RUNNER = frozenset({Kind.READY, Kind.STARTED, Kind.LOG, Kind.RESULT, Kind.DONE, Kind.FAILED})
-_LENGTHS = {Kind.READY: 0, Kind.STARTED: 0, Kind.RESULT: SIZE.size, Kind.DONE: 0}
+FROM_RUNNER = frozenset({Kind.READY, Kind.STARTED, Kind.LOG, Kind.RESULT, Kind.DONE, Kind.FAILED, Kind.METER})
+_LENGTHS = {Kind.METER: 0, Kind.READY: 0, Kind.STARTED: 0, Kind.RESULT: SIZE.size, Kind.DONE: 0}
 
 
 @dataclass(frozen=True, slots=True)

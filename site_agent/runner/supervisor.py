@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import contextlib
 import json
+import logging
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 
 from edif_mesh.domain.attempt import Receipt
 from edif_mesh.domain.job import Limits
-from edif_mesh.errors import RunnerError
+from edif_mesh.errors import RunnerError, SandboxError
 from site_agent.runner.events import (
     ResultChunk,
     ResultOpened,
@@ -38,10 +39,16 @@ from site_agent.runner.protocol import (
     parse_failure,
     printable,
 )
+from site_agent.runner.usage import Meter
 
-_WATCH_S = 0.25
+log = logging.getLogger(__name__)
+
+_WATCH_S, _LEAST_WATCH_S = 0.25, 0.02
+_WRITES_PER_S = 4 << 30
+"""How fast a job can fill memory, for the time to the next look: fewer bytes left, sooner."""
 _MAX_THREADS = 1024
 _WARM_AFTER_S = 0.1
+_GONE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +74,51 @@ class Runner:
         """Its exit status, set by the host's report; None when the host itself is gone."""
         self._sock, self._device = sock, device
         self._pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
+        self._meter = Meter(pid)
         self._killed_because: tuple[str, str] | None = None
-        self._base = _Usage()
-        self._base_peak_bytes = 0
-        self._peak_bytes = 0
-        self._cpu_ms = 0
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._result_bytes = self._log_bytes = 0
         self._buffer = bytearray(64 << 10)
         self._start = self._end = 0
         self._warming: asyncio.TimerHandle | None = None
 
+    @property
+    def receipt(self) -> Receipt | None:
+        """What the job has used so far, or in the end; None when it was given no job."""
+        if self._began is None:
+            return None
+        return Receipt(
+            wall_ms=int(((self._ended or time.monotonic()) - self._began) * 1000),
+            cpu_ms=self._meter.cpu_ms,
+            peak_memory_bytes=self._meter.peak_bytes,
+            result_bytes=self._result_bytes,
+            device=self._device,
+            log_bytes=self._log_bytes,
+        )
+
     async def ready(self) -> None:
-        """Wait until the child has confined itself; raises RunnerError with its own sentence.
+        """Wait until the child has confined itself; raises SandboxError with its own sentence, RunnerError when it died.
 
         It warms up when it is not used at once: under load the time is better spent on the jobs themselves.
         """
         try:
+            await self._take_meter()
             kind, data = await self._frame()
         except (EOFError, OSError) as error:
             raise RunnerError("A runner died while it confined itself.") from error
         if kind is Kind.FAILED:
-            raise RunnerError(parse_failure(data, SETUP_CODES)[1])
+            raise SandboxError(parse_failure(data, SETUP_CODES)[1])
         if kind is not Kind.READY:
             raise RunnerError("A runner spoke before it was ready.")
         self._warming = asyncio.get_running_loop().call_later(_WARM_AFTER_S, self.warm_up)
+
+    def has_exited(self, status: int | None, cpu_ms: int = 0, peak_bytes: int = 0) -> None:
+        """The host has reaped the child, with what the kernel counted for it; or the host itself is gone (None)."""
+        if status is not None and self._began is not None:
+            self._meter.final(cpu_ms, peak_bytes)
+        if not self.exited.done():
+            self.exited.set_result(status)
 
     def warm_up(self) -> None:
         """Have a waiting child run the warm-up trace, before `run`; done by itself when it is not used at once."""
@@ -99,13 +128,25 @@ class Runner:
     def kill(self, code: str, text: str) -> None:
         """End the child at once (SIGKILL); the first reason given is the one that is reported."""
         self._killed_because = self._killed_because or (code, text)
+        self._settle()
+        self._result_bytes = 0
         self._signal()
 
+    async def gone(self) -> None:
+        """Wait until a discarded child is dead and its memory is free; for 2 s at most, and not at all without its host."""
+        try:
+            async with asyncio.timeout(_GONE_S):
+                await asyncio.shield(self.exited)
+        except TimeoutError:
+            log.error("a killed runner is still there", extra={"pid": self.pid})
+
     def discard(self) -> None:
-        """End the child and release its socket; idempotent."""
+        """End the child and release its socket and descriptors; idempotent."""
         self._stay_cold()
+        self._settle()
         self._signal()
         self._sock.close()
+        self._meter.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -113,47 +154,34 @@ class Runner:
     async def run(self, payload: bytes, options: RunOptions) -> AsyncIterator[RunnerEvent]:
         """Run `payload` and yield what happens; exactly one terminal event is the last. The child is dead afterwards."""
         self._stay_cold()
-        self._base = self._usage() or _Usage()
-        self._base_peak_bytes = self._base.resident_bytes
-        began = time.monotonic()
-        loop = asyncio.get_running_loop()
+        self._meter.start()
+        self._began = time.monotonic()
         limits = options.limits
-        wall = loop.call_later(
-            limits.wall_ms / 1000,
-            self.kill,
-            "wall_time",
-            f"The job ran longer than its limit of {limits.wall_ms / 1000:,.0f} s and was stopped.",
-        )
-        cpu_limit_ms = max(1000, limits.wall_ms * options.threads + 1000)
-        watch = asyncio.create_task(self._watch(limits.memory_bytes, cpu_limit_ms))
-        result_bytes = 0
+        wall = asyncio.get_running_loop().call_later(limits.wall_ms / 1000, self._too_long, limits.wall_ms)
+        watch = asyncio.create_task(self._watch(limits.memory_bytes, cpu_limit_ms(options)))
         failure: tuple[str, str] | None = ("protocol", "The runner ended in the middle of a sentence.")
         terminal: RunnerEvent | None = None
         try:
             sending = asyncio.create_task(self._send(payload, options))
             try:
                 async for event in self._events(options):
-                    if isinstance(event, ResultOpened):
-                        result_bytes = event.total_bytes
                     yield event
             except _Ended as end:
                 failure = end.failure
             except RunnerError as error:
                 failure = ("protocol", str(error))
             except (EOFError, OSError):
-                failure = await self._death()
+                failure = await self._death(options)
             finally:
                 sending.cancel()
                 with contextlib.suppress(asyncio.CancelledError, OSError):
                     await sending
-            self._measure()
-            receipt = Receipt(
-                wall_ms=int((time.monotonic() - began) * 1000),
-                cpu_ms=self._cpu_ms,
-                peak_memory_bytes=self._peak_bytes,
-                result_bytes=result_bytes if failure is None else 0,
-                device=self._device,
-            )
+            self._settle()
+            if failure is not None:
+                self._result_bytes = 0
+                failure = self._with_use(failure)
+            receipt = self.receipt
+            assert receipt is not None
             terminal = RunnerSucceeded(receipt) if failure is None else RunnerFailed(*failure, receipt)
         finally:
             wall.cancel()
@@ -175,7 +203,7 @@ class Runner:
             env=options.env,
             max_payload_bytes=options.max_payload_bytes,
             memory_bytes=limits.memory_bytes,
-            cpu_s=max(1, limits.wall_ms * options.threads // 1000 + 1),
+            cpu_s=cpu_limit_ms(options) // 1000 + 1,
             result_bytes=limits.result_bytes,
             log_bytes=limits.log_bytes,
             threads=options.threads,
@@ -194,11 +222,12 @@ class Runner:
             if kind is Kind.STARTED:
                 yield RunnerStarted()
             elif kind is Kind.LOG:
+                self._log_bytes += length
                 if text := printable(decoder.decode(data)):
                     yield RunnerLog(text)
             elif kind is Kind.RESULT:
-                total = talk.result_bytes(data)
-                self._measure()
+                total = self._result_bytes = talk.result_bytes(data)
+                self._meter.read()
                 yield ResultOpened(total)
                 async for event in self._chunks(total, options.chunk_bytes):
                     yield event
@@ -220,6 +249,24 @@ class Runner:
                 filled += count
             total -= len(chunk)
             yield ResultChunk(chunk)
+
+    async def _take_meter(self) -> None:
+        """Take the first frame with its descriptor; a runner that could not open it speaks of something else first."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._sock, HEAD.size, 1)
+                break
+            except BlockingIOError:
+                await _readable(loop, self._sock)
+        for descriptor in descriptors:
+            self._meter.adopt(descriptor)
+        if not data:
+            raise EOFError
+        self._buffer[: len(data)] = data
+        self._start, self._end = 0, len(data)
+        if descriptors:
+            await self._frame()
 
     async def _frame(self) -> tuple[Kind, bytes]:
         kind, length = check_head(await self._exactly(HEAD.size))
@@ -248,57 +295,52 @@ class Runner:
     # --------------------------------------------------------------------------------------------------------- limits
 
     async def _watch(self, most_bytes: int, most_cpu_ms: int) -> None:
-        """Kill the child beyond what limits of its own can see: pages it copies by writing to weights, threads, CPU time."""
+        """Kill the child beyond what limits of its own cannot see: pages it copies by writing to weights, threads, CPU time.
+
+        What it can take between two looks is bounded: new memory by its address space (`child._set_limits`), copies by
+        the size of the weights, both by what it can write in at most 0.25 s, and in less the nearer it is to its limit.
+        """
+        meter, wait_s = self._meter, _WATCH_S
         while True:
-            await asyncio.sleep(_WATCH_S)
-            usage = self._measure()
-            grown = usage.anonymous_bytes - self._base.anonymous_bytes
-            if grown > most_bytes:
-                self.kill(
-                    "out_of_memory",
-                    f"The job's memory grew to {grown / 1e9:,.2f} GB; its limit is {most_bytes / 1e9:,.2f} GB (beyond the weights).",
-                )
-            elif usage.threads > _MAX_THREADS:
-                self.kill("too_many_threads", f"The job started {usage.threads} threads; {_MAX_THREADS} are allowed.")
-            elif self._cpu_ms > most_cpu_ms:
-                self.kill("cpu_time", _CPU_SENTENCE)
+            await asyncio.sleep(wait_s)
+            if not meter.read():
+                continue
+            if meter.should_look(most_bytes):
+                await asyncio.to_thread(meter.look)
+            if meter.memory_bytes > most_bytes:
+                self.kill("out_of_memory", _memory_sentence(meter.memory_bytes, most_bytes))
+            elif meter.last.threads > _MAX_THREADS:
+                text = f"The job started {meter.last.threads} threads; {_MAX_THREADS} are allowed. Start fewer."
+                self.kill("too_many_threads", text)
+            elif meter.cpu_ms > most_cpu_ms:
+                self.kill("cpu_time", _cpu_sentence(meter.cpu_ms, most_cpu_ms))
+            left_s = (most_bytes - meter.memory_bytes) / _WRITES_PER_S
+            wait_s = min(_WATCH_S, max(_LEAST_WATCH_S, left_s))
 
-    def _measure(self) -> _Usage:
-        """Read what the child uses from the kernel (never from the child) and keep the highest."""
-        usage = self._usage()
-        if usage is None:
-            return self._base
-        grown = usage.anonymous_bytes - self._base.anonymous_bytes
-        peak = usage.peak_bytes - self._base_peak_bytes
-        self._peak_bytes = max(self._peak_bytes, grown, peak)
-        self._cpu_ms = max(self._cpu_ms, usage.cpu_ms - self._base.cpu_ms)
-        return usage
-
-    def _usage(self) -> _Usage | None:
-        values: dict[str, int] = {}
-        try:
-            with open(f"/proc/{self.pid}/status") as file:
-                for line in file:
-                    name, _, value = line.partition(":")
-                    if name in ("VmRSS", "VmHWM", "RssAnon", "Threads"):
-                        values[name] = int(value.split()[0])
-            cpu_ns = time.clock_gettime_ns(
-                ~self.pid << 3 | 2
-            )  # CPU clock of another process, see clock_getcpuclockid(3)
-        except (OSError, ValueError):
-            return None
-        if len(values) < 4:  # a zombie has no memory
-            return None
-        kib = 1024
-        return _Usage(
-            resident_bytes=values["VmRSS"] * kib,
-            peak_bytes=values["VmHWM"] * kib,
-            anonymous_bytes=values["RssAnon"] * kib,
-            threads=values["Threads"],
-            cpu_ms=cpu_ns // 1_000_000,
+    def _too_long(self, limit_ms: int) -> None:
+        assert self._began is not None
+        text = (
+            f"The job ran for {time.monotonic() - self._began:,.1f} s; its limit is {limit_ms / 1000:,.1f} s, so it was stopped. "
+            "Do less in one block, or order a higher wall_ms."
         )
+        self.kill("wall_time", text)
 
-    async def _death(self) -> tuple[str, str]:
+    def _settle(self) -> None:
+        """Read for the last time what the job used, while there is a process to read."""
+        if self._began is None or self._ended is not None:
+            return
+        self._ended = time.monotonic()
+        if self._meter.read() and self._meter.worth_a_last_look():
+            self._meter.look()
+
+    def _with_use(self, failure: tuple[str, str]) -> tuple[str, str]:
+        """Add to a runner's word that memory ran out what the kernel has counted."""
+        code, text = failure
+        if code != "out_of_memory" or self._killed_because is not None:
+            return failure
+        return code, f"{text} It had {self._meter.peak_bytes / 1e9:,.2f} GB at its highest."
+
+    async def _death(self, options: RunOptions) -> tuple[str, str]:
         """The child is gone without a word: say why, as far as it is known."""
         if self._killed_because is not None:
             return self._killed_because
@@ -311,7 +353,7 @@ class Runner:
         if status is None:
             return "host_lost", "The model's host process died under the job."
         if status == -signal.SIGXCPU:
-            return "cpu_time", _CPU_SENTENCE
+            return "cpu_time", _cpu_sentence(self._meter.cpu_ms, cpu_limit_ms(options))
         if status == -signal.SIGKILL:
             return "runner_crashed", "The runner was killed from outside (SIGKILL), most likely because memory ran out."
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
@@ -328,18 +370,33 @@ class Runner:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
 
-_CPU_SENTENCE = "The job used more processor time than its limit and was stopped."
+def cpu_limit_ms(options: RunOptions) -> int:
+    """Return the processor time that a job may use: its own limit, or what its threads can use in its wall time."""
+    limits = options.limits
+    return limits.cpu_ms or limits.wall_ms * max(1, options.threads) + 1000
 
 
-@dataclass(frozen=True, slots=True)
-class _Usage:
-    """What the kernel says of a process."""
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(sock)
 
-    resident_bytes: int = 0
-    peak_bytes: int = 0
-    anonymous_bytes: int = 0
-    threads: int = 0
-    cpu_ms: int = 0
+
+def _memory_sentence(used: int, limit: int) -> str:
+    return (
+        f"The job used {used / 1e9:,.2f} GB of memory; its limit is {limit / 1e9:,.2f} GB (beyond the model's weights; "
+        "weights that it changes count), so it was stopped. Keep or save less at once, or order a higher memory_bytes."
+    )
+
+
+def _cpu_sentence(used_ms: int, limit_ms: int) -> str:
+    return (
+        f"The job used {used_ms / 1000:,.1f} s of processor time over all its threads; its limit is {limit_ms / 1000:,.1f} s, "
+        "so it was stopped. Do less in one block, or order a higher cpu_ms."
+    )
 
 
 class _Ended(Exception):

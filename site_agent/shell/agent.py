@@ -110,6 +110,7 @@ class SiteAgent:
                 threads=config.threads,
                 spool_dir=config.state_dir / "spool",
                 tell=self.loop.handle,
+                sandbox=state.sandbox,
             )
         )
         self.loop.prepare = lambda effect: self._attempts.start(effect.held)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edif_mesh.domain.attempt import Blame, Receipt
@@ -24,6 +24,7 @@ from site_agent.core.events import (
     AttemptComputed,
     AttemptFailed,
     AttemptStarted,
+    AttemptStopped,
     AttemptSucceeded,
     Event,
     PayloadRefused,
@@ -70,6 +71,8 @@ class Equipment:
     threads: int
     spool_dir: Path
     tell: Callable[[Event], Awaitable[object]]
+    sandbox: str = ""
+    """The profile that runners are confined to, for receipts."""
 
 
 class Attempts:
@@ -78,6 +81,7 @@ class Attempts:
     def __init__(self, equipment: Equipment) -> None:
         self._with = equipment
         self._running: dict[AttemptKey, AttemptTask] = {}
+        self._telling: set[asyncio.Future[object]] = set()
 
     def start(self, held: Held) -> None:
         """Run an attempt; its events follow. Idempotent.
@@ -91,9 +95,13 @@ class Attempts:
             attempt.task.add_done_callback(lambda _: self._running.pop(held.key, None))
 
     def kill(self, key: AttemptKey, reason: str) -> None:
-        """End it at once; the core has already said its last word."""
+        """End it at once; `AttemptStopped` follows when its runner is gone."""
         if (attempt := self._running.get(key)) is not None:
             attempt.kill(reason)
+            return
+        telling = asyncio.ensure_future(self._with.tell(AttemptStopped(key)))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     async def finished(self) -> None:
         """Wait until none is left."""
@@ -126,26 +134,47 @@ class AttemptTask:
         self.task.cancel()
 
     async def _guarded(self) -> None:
-        key, repo_id = self._held.key, self._held.order.model.repo_id
+        try:
+            await self._run_or_fail()
+        except asyncio.CancelledError:
+            await self._stop()
+        finally:
+            self._release()
+            repo_id = self._held.order.model.repo_id
+            asyncio.get_running_loop().call_later(_REPLENISH_AFTER_S, self._with.models.replenish, repo_id)
+
+    async def _run_or_fail(self) -> None:
         try:
             await self._run()
-        except asyncio.CancelledError:
-            log.info("attempt stopped", extra={"job": key[0], "attempt": key[1]})
         except StoreFullError as error:
-            await self._fail(Failure("store_full", str(error)), Blame.SITE)
+            await self._fail(Failure("store_full", str(error)), Blame.SITE, self._receipt())
         except RunnerError as error:
-            await self._fail(Failure("host_lost", str(error)), Blame.SITE)
+            code = "host_lost" if error.code == RunnerError.code else error.code
+            await self._fail(Failure(code, str(error)), Blame.SITE, self._receipt())
         except Exception as error:
-            log.exception("attempt failed", extra={"job": key[0], "attempt": key[1]})
+            log.exception("attempt failed", extra={"job": self._held.job, "attempt": self._held.attempt})
             code = error.code if isinstance(error, EdifError) else "internal"
-            await self._fail(Failure(code, f"The site failed: {error}"), Blame.SITE)
-        finally:
-            if self._upload is not None:
-                self._upload.cancel()
-            if self._runner is not None:
-                self._runner.discard()
-            self._spool.close()
-            asyncio.get_running_loop().call_later(_REPLENISH_AFTER_S, self._with.models.replenish, repo_id)
+            await self._fail(Failure(code, f"The site failed: {error}"), Blame.SITE, self._receipt())
+
+    async def _stop(self) -> None:
+        """Free everything, wait until the runner is dead, and only then say so."""
+        self._release()
+        waits = [self._logs.abandon()]
+        if self._runner is not None:
+            waits.append(self._runner.gone())
+        if self._upload is not None:
+            waits.append(_ended(self._upload))
+        await asyncio.gather(*waits, return_exceptions=True)
+        key = self._held.key
+        log.info("attempt stopped", extra={"job": key[0], "attempt": key[1]})
+        await self._with.tell(AttemptStopped(key, self._receipt()))
+
+    def _release(self) -> None:
+        if self._upload is not None:
+            self._upload.cancel()
+        if self._runner is not None:
+            self._runner.discard()
+        self._spool.close()
 
     async def _run(self) -> None:
         held, lending = self._held, asyncio.create_task(self._with.models.lend(self._held.order.model.repo_id))
@@ -154,10 +183,9 @@ class AttemptTask:
             self._runner = await lending
         except ChunkError as error:
             await self._with.tell(PayloadRefused(held.key, Failure("payload_mismatch", str(error))))
-            self._runner = await lending
             return
         finally:
-            lending.cancel()
+            self._give_back(lending)
         receipt = await self._compute_once_started(payload)
         if receipt is None:
             return
@@ -165,7 +193,14 @@ class AttemptTask:
         await self._with.tell(AttemptComputed(held.key))
         assert self._upload is not None
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
+        receipt = self._complete(receipt)
         await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
+
+    def _give_back(self, lending: asyncio.Task[Runner]) -> None:
+        """A runner that was lent while the attempt was being stopped, or had no payload, is ours to end."""
+        lending.cancel()
+        if self._runner is None and lending.done() and not lending.cancelled() and lending.exception() is None:
+            self._runner = lending.result()
 
     async def _compute_once_started(self, payload: bytes) -> Receipt | None:
         """As `_compute`, with another runner when a waiting one had died before it took the payload."""
@@ -202,7 +237,7 @@ class AttemptTask:
                         raise _NeverStartedError
                     case RunnerFailed(code, text, receipt):
                         await self._logs.close()
-                        await self._fail(Failure(code, text), blame_of(code), receipt)
+                        await self._fail(Failure(code, text), blame_of(code), self._complete(receipt))
                         return None
                     case RunnerSucceeded(receipt):
                         self._spool.end()
@@ -220,6 +255,7 @@ class AttemptTask:
                 memory_bytes=min(asked.memory_bytes, site.memory_bytes),
                 result_bytes=min(asked.result_bytes, site.result_bytes),
                 log_bytes=min(asked.log_bytes, site.log_bytes),
+                cpu_ms=min(asked.cpu_ms or site.cpu_ms, site.cpu_ms or asked.cpu_ms),
             ),
             max_payload_bytes=_most_payload(order),
             threads=self._with.threads,
@@ -233,8 +269,21 @@ class AttemptTask:
         )
         return seal(manifest, self._with.key)
 
+    def _receipt(self) -> Receipt | None:
+        """What the attempt has used; None when no runner had its payload."""
+        receipt = self._runner.receipt if self._runner is not None else None
+        return self._complete(receipt) if receipt is not None else None
+
+    def _complete(self, receipt: Receipt) -> Receipt:
+        return replace(receipt, sandbox=self._with.sandbox, load_ms=self._held.load_ms)
+
     async def _fail(self, failure: Failure, blame: Blame, receipt: Receipt | None = None) -> None:
         await self._with.tell(AttemptFailed(self._held.key, failure, blame, receipt))
+
+
+async def _ended(task: asyncio.Task[ManifestParts]) -> None:
+    """Wait until a cancelled task has ended, however."""
+    await asyncio.wait([task])
 
 
 def _most_payload(order: Order) -> int:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _GATHER_S = 0.05
 _MAX_LINES, _MAX_CHARACTERS = 100, 64_000
-_GIVE_UP_S = 60.0
+_GIVE_UP_S, _ABANDON_S = 60.0, 0.5
 
 
 class LogSender:
@@ -59,6 +59,14 @@ class LogSender:
                     await self._task
             except TimeoutError:
                 log.warning("log lines dropped", extra={"job": self._key[0], "lines": len(self._lines)})
+
+    async def abandon(self) -> None:
+        """As `close`, for an attempt that is stopped: what has not left after half a second is dropped."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ABANDON_S):
+                await self.close()
+        if self._task is not None:
+            self._task.cancel()
 
     async def _send_all(self) -> None:
         while self._lines:

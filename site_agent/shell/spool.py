@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import threading
 from collections import deque
 from pathlib import Path
 
@@ -23,7 +24,9 @@ class Spool:
         self._file = -1
         self._written = 0
         self._more = asyncio.Event()
-        self._ended = False
+        self._ended = self._closed = False
+        self._busy = threading.Lock()
+        """Held by the thread that uses the file: a closed descriptor's number may soon be another file's."""
 
     async def put(self, chunk: bytes | bytearray) -> None:
         """Add a chunk. Raises StoreFullError when neither memory nor the disk has room."""
@@ -48,31 +51,53 @@ class Spool:
                 return chunk
             if self._on_disk:
                 offset, size = self._on_disk.popleft()
-                return await asyncio.to_thread(os.pread, self._file, size, offset)
+                return await asyncio.to_thread(self._read, size, offset)
             if self._ended:
                 return None
             self._more.clear()
             await self._more.wait()
 
     def close(self) -> None:
-        """Give memory and disk back; idempotent."""
+        """Give memory and disk back; idempotent. A thread that still writes gives the disk back when it is done."""
+        self._closed = True
         self._memory.clear()
         self._on_disk.clear()
-        if self._file >= 0:
-            os.close(self._file)
+        if self._busy.acquire(blocking=False):
+            self._release()
+
+    def _release(self) -> None:
+        file = self._file
+        if self._closed:
             self._file = -1
+        self._busy.release()
+        if self._closed and file >= 0:
+            os.close(file)
+
+    def _read(self, size: int, offset: int) -> bytes:
+        self._busy.acquire()
+        try:
+            return b"" if self._closed else os.pread(self._file, size, offset)
+        finally:
+            self._release()
 
     def _write(self, chunk: bytes | bytearray) -> None:
+        self._busy.acquire()
         try:
-            if self._file < 0:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._file, name = tempfile.mkstemp(dir=self._folder, prefix="result-")
-                os.unlink(name)
-            view, offset = memoryview(chunk), self._written
-            while view:
-                count = os.pwrite(self._file, view, offset)
-                view, offset = view[count:], offset + count
+            if not self._closed:
+                self._append(chunk)
         except OSError as error:
             raise StoreFullError(f"The result cannot be kept in {self._folder}: {error.strerror}.") from error
+        finally:
+            self._release()
+
+    def _append(self, chunk: bytes | bytearray) -> None:
+        if self._file < 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file, name = tempfile.mkstemp(dir=self._folder, prefix="result-")
+            os.unlink(name)
+        view, offset = memoryview(chunk), self._written
+        while view:
+            count = os.pwrite(self._file, view, offset)
+            view, offset = view[count:], offset + count
         self._on_disk.append((self._written, len(chunk)))
         self._written += len(chunk)

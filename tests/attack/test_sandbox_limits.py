@@ -116,8 +116,10 @@ async def test_a_print_flood_is_cut_with_a_sentence_and_the_job_goes_on(host: Mo
     ended = await ends(host, "for n in range(300_000): print('line', n)\noutcome = 'done'", log_bytes=20_000)
     assert ended.values["outcome"] == "done"
     assert ended.log.startswith("line 0\nline 1\n")
-    assert ended.log.endswith("[the output limit of this job is reached; the rest is not shown]\n")
-    assert len(ended.log) < 20_100
+    assert ended.log.endswith(
+        "\n[the output limit of this job, 20,000 bytes, is reached; the rest is not shown. Print less, or order a higher log_bytes.]\n"
+    )
+    assert len(ended.log) < 20_200
 
 
 async def test_a_flood_of_flushed_single_characters_is_no_flood_of_frames(host: ModelHost) -> None:

@@ -110,7 +110,7 @@ FAILURES: list[tuple[str, Callable[[], bytes], type[Exception], str, str]] = [
     ("another module", module_missing, JobFailedError, "bad_payload", "no_such_module_anywhere"),
     ("raises", raises, UserCodeError, "user_error", "ValueError: my own mistake"),
     ("unsupported", unsupported, JobFailedError, "unsupported_value", "'found['inner'][0]'"),
-    ("endless", endless, JobFailedError, "wall_time", "longer than its limit of 3 s"),
+    ("endless", endless, JobFailedError, "wall_time", "its limit is 3.0 s"),
     ("greedy", greedy, JobFailedError, "out_of_memory", "limit"),
     ("too much", too_much, JobFailedError, "result_too_large", "this job may return 1.0 MB"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,32 @@ def test_run_passes_on_how_a_script_was_killed(mesh: RunningMesh, tmp_path: Path
     assert mesh.edif("run", str(file)).returncode == 128 + signal.SIGKILL
 
 
+def test_a_script_s_limits_are_set_for_its_jobs_and_the_receipt_shows_what_was_used(
+    mesh: RunningMesh, tmp_path: Path
+) -> None:
+    file = tmp_path / "endless.py"
+    file.write_text(SCRIPT.replace('    words = "not a tensor"', "    while True: pass\n    words = 1"))
+    done = mesh.edif("run", "--limit", "wall=700ms", "--limit", "log=1KB", str(file), tiny_gpt2())
+    assert done.returncode == 1
+    assert "its limit is 0.7 s" in done.stderr
+    assert "wall_ms" in done.stderr
+    job = document(mesh.edif("jobs", "--json"))[0]["job"]
+    shown = mesh.edif("status", job)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(
+        r"Receipt of attempt 1, by \w+: \d\.\d\d s run time, \d\.\d\d s processor time on cpu, \d+\.\d MB memory at its highest, "
+        r"0\.0 MB result, 17 bytes printed, in the sandbox \w+\.",
+        shown.stdout,
+    ), shown.stdout
+    with mesh.client() as client:
+        receipt = client.job(job).receipt()
+        assert receipt is not None
+        assert receipt.wall_ms >= 700
+    refused = mesh.edif("run", "--limit", "wall=soon", str(file))
+    assert refused.returncode == 2
+    assert "wall=90min" in refused.stderr
+
+
 class _Hub(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.send_response(200)
@@ -154,6 +181,11 @@ def test_submitted_jobs_are_listed_shown_explained_and_fetched(
     shown = document(mesh.edif("show", submitted, "--json"))
     assert [(a["site"], a["status"]) for a in shown["attempts"]] == [("ansbach", "SUCCEEDED")]
     assert "Succeeded at ansbach (attempt 1)." in mesh.edif("show", submitted).stdout
+
+    with mesh.client() as client:
+        receipt = client.job(submitted).receipt()
+        assert receipt is not None
+        assert receipt.result_bytes == everything.stat().st_size
 
     why = document(mesh.edif("why", submitted, "--json"))
     assert [verdict["site"] for verdict in why] == ["ansbach"]

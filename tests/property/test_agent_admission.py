@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edif_mesh.domain.attempt import AttemptStatus
+from edif_mesh.domain.attempt import AttemptStatus, Blame, Receipt
 from edif_mesh.domain.ids import AttemptNumber, BootId, Digest, Epoch, FederationId, JobId, SiteId
-from edif_mesh.domain.job import Limits
+from edif_mesh.domain.job import Failure, Limits
 from edif_mesh.domain.site import ModelOffer, ModelRef, ModelState, SiteStatus, Versions
 from edif_mesh.wire.messages import AttemptLease, Audience, Grant, LeaseRenewed, Order, PayloadRef, Role, StopAttempt
 from site_agent.core import events as ev
@@ -25,7 +25,9 @@ JOB, DIGEST = JobId("j" + "0" * 23), Digest("a" * 64)
 
 def a_state(**changes: Any) -> State:
     offer = ModelOffer("m/tiny", "c0ffee", "text-generation", "float32", ModelState.LOADED, 1, 1, aliases=("main",))
-    policy = Policy(FEDERATION, SITE, "DE", slots=2, memory_bytes=8 * GIB, limits=Limits(), advert_ms=5_000)
+    policy = Policy(
+        FEDERATION, SITE, "DE", slots=2, memory_bytes=8 * GIB, limits=Limits(cpu_ms=900_000), advert_ms=5_000
+    )
     state = State(policy, BootId("b"), sandbox="base", epoch=Epoch(3), models={"m/tiny": Model(offer)})
     for name, value in changes.items():
         setattr(state, name, value)
@@ -82,7 +84,12 @@ orders = st.builds(
     max_attempts=st.integers(-1, 5),
     sandbox=maybe("", "base", "namespaced", "x"),
     limits=st.builds(
-        Limits, st.integers(-1, 700_000), st.integers(-1, 5 * GIB), st.integers(0, 9 * GIB), st.integers(0, 2 << 20)
+        Limits,
+        st.integers(-1, 700_000),
+        st.integers(-1, 5 * GIB),
+        st.integers(0, 9 * GIB),
+        st.integers(0, 2 << 20),
+        st.integers(-1, 10**6),
     ),
 )
 grants = st.builds(
@@ -127,6 +134,7 @@ def test_what_starts_fulfils_every_demand(
         0 <= order.limits.memory_bytes <= 4 * GIB,
         0 <= order.limits.result_bytes <= 8 * GIB,
         0 <= order.limits.log_bytes <= 1 << 20,
+        0 <= order.limits.cpu_ms <= 900_000,
         not seen,
         status is SiteStatus.ACTIVE,
     ]
@@ -192,6 +200,38 @@ def a_running_state() -> State:
     return state
 
 
+def runner_gone(state: State, receipt: Receipt | None = None) -> Decision:
+    """The runner of the only attempt, which is being stopped, is gone."""
+    return apply(state, decide(ev.AttemptStopped((JOB, AttemptNumber(1)), receipt), state, NOW))
+
+
+def test_a_stopped_attempt_keeps_its_slot_and_says_nothing_until_its_runner_is_gone() -> None:
+    state, key = a_running_state(), (JOB, AttemptNumber(1))
+    stop = ev.StopReceived(StopAttempt(*key, SITE, Epoch(3), NOW.wall_ms, "cancelled"))
+    assert apply(state, decide(stop, state, NOW)).act == (KillAttempt(key, "cancelled"),)
+    late = Now(NOW.wall_ms, NOW.monotonic_ms + 10**6)
+    for event in (stop, ev.AttemptStarted(key), ev.DrainRequested(), ev.Ticked()):
+        assert not [e for e in apply(state, decide(event, state, late)).act if isinstance(e, KillAttempt | SendReport)]
+    assert state.free_slots == 1
+    (report,) = [e.report for e in runner_gone(state, Receipt(wall_ms=7)).act if isinstance(e, SendReport)]
+    assert (report.status, report.detail, report.receipt) == (AttemptStatus.CANCELLED, "cancelled", Receipt(wall_ms=7))
+    assert state.free_slots == 2
+    assert runner_gone(state) == Decision()
+
+
+@pytest.mark.parametrize("last", ["succeeded", "failed"])
+def test_a_word_that_crosses_the_stop_does_not_change_what_is_reported(last: str) -> None:
+    state, key = a_running_state(), (JOB, AttemptNumber(1))
+    apply(state, decide(ev.StopReceived(StopAttempt(*key, SITE, Epoch(3), 0, "expired")), state, NOW))
+    words = {
+        "succeeded": ev.AttemptSucceeded(key, "manifest", Receipt(wall_ms=9)),
+        "failed": ev.AttemptFailed(key, Failure("user_error", "x"), Blame.USER, Receipt(wall_ms=9)),
+    }
+    (report,) = [e.report for e in decide(words[last], state, NOW).act if isinstance(e, SendReport)]
+    assert (report.status, report.manifest, report.failure) == (AttemptStatus.CANCELLED, None, None)
+    assert report.receipt == Receipt(wall_ms=9)
+
+
 def test_an_answer_to_an_advert_from_before_the_grant_does_not_stop_it() -> None:
     state = a_running_state()
     apply(state, decide(ev.LeaseAnswered(a_renewal(10), NOW.monotonic_ms), state, NOW))
@@ -202,6 +242,7 @@ def test_an_answer_to_a_later_advert_that_does_not_name_it_stops_it() -> None:
     state = a_running_state()
     decision = apply(state, decide(ev.LeaseAnswered(a_renewal(11), NOW.monotonic_ms), state, NOW))
     assert KillAttempt((JOB, AttemptNumber(1)), "superseded") in decision.act
+    runner_gone(state)
     assert state.held == {}
 
 
@@ -213,6 +254,7 @@ def test_an_answer_to_no_advert_of_ours_or_of_an_old_epoch_extends_nothing(seque
     apply(state, decide(ev.LeaseAnswered(renewal, late.monotonic_ms), state, late))
     end = Now(NOW.wall_ms, NOW.monotonic_ms + 30_000)
     apply(state, decide(ev.Ticked(), state, end))
+    runner_gone(state)
     assert state.held == {}
 
 
@@ -221,8 +263,10 @@ def test_a_lease_counts_from_the_advert_and_not_from_its_answer() -> None:
     sent, answered = NOW.monotonic_ms + 5_000, Now(NOW.wall_ms, NOW.monotonic_ms + 25_000)
     apply(state, decide(ev.LeaseAnswered(a_renewal(11, AttemptNumber(1)), sent), state, answered))
     apply(state, decide(ev.Ticked(), state, Now(NOW.wall_ms, sent + 29_999)))
+    runner_gone(state)
     assert state.held
     apply(state, decide(ev.Ticked(), state, Now(NOW.wall_ms, sent + 30_000)))
+    runner_gone(state)
     assert not state.held
 
 

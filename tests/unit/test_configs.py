@@ -44,6 +44,13 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
         load_config(ClientConfig, file)
 
 
+def test_an_unknown_limit_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "client.toml"
+    file.write_text((CONFIGS / "client.toml").read_text().replace("wall_ms", "wal_ms"))
+    with pytest.raises(ConfigError, match=r"limits\.wal_ms"):
+        load_config(ClientConfig, file)
+
+
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     file = tmp_path / "site.toml"
     file.write_text("federation = 'x'")

@@ -194,6 +194,16 @@ def test_cancelling_a_running_job_stops_it_until_the_site_confirms_and_then_free
     assert before.status is JobStatus.CANCELLED
 
 
+def test_cancelling_a_queued_job_takes_it_out_of_the_queue_and_bothers_no_site() -> None:
+    desk, running = a_queue()
+    waiting = desk.orders(1)
+    assert stops(desk.happens(ev.CancelRequested(waiting, ALICE, "enough", "ask"))) == []
+    assert desk.job(waiting).status is JobStatus.CANCELLED
+    desk.fails(running, Blame.USER)
+    desk.passes(3000, A)
+    assert (desk.job(waiting).status, desk.job(waiting).attempt) == (JobStatus.CANCELLED, 0)
+
+
 def test_an_orders_time_ends_it_whether_queued_or_placed() -> None:
     desk, _ = a_queue(slots=2)
     until = desk.now_ms + 10_000

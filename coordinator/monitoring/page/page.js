@@ -100,10 +100,11 @@ function details(job) {
   cell.append(el("h4", {}, "Attempts"));
   if (!job.attempts.length) cell.append(empty("None yet."));
   else {
-    cell.append(el("table", {}, el("thead", {}, el("tr", {}, ...["", "Site", "Status", "Granted", "Ran", "Memory", "Detail"].map((t) => el("th", {}, t)))),
+    cell.append(el("table", {}, el("thead", {}, el("tr", {}, ...["", "Site", "Status", "Granted", "Ran", "Processor", "Memory", "Detail"].map((t) => el("th", {}, t)))),
       el("tbody", {}, ...job.attempts.map((a) => el("tr", {}, el("td", {}, String(a.attempt)), el("td", {}, a.site), el("td", {}, state(a.status)),
         el("td", {}, clock(a.granted_at_ms)),
         el("td", {}, a.started_at_ms ? span((a.ended_at_ms || view.mesh.now_ms) - a.started_at_ms) : "–"),
+        el("td", {}, a.receipt ? span(a.receipt.cpu_ms) : "–"),
         el("td", {}, a.receipt ? bytes(a.receipt.peak_memory_bytes) : "–"),
         el("td", {}, a.failure ? a.failure.code + ": " + a.failure.text : a.detail))))));
   }

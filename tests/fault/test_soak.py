@@ -16,6 +16,7 @@ from site_agent.hosting.digest import weights_digest
 from site_agent.hosting.lender import ModelHost
 from tests import traces
 from tests.hosted import LIMITS, code, run, tiny_host
+from tests.mesh import hosts_of
 from tests.played_coordinator import Site, a_site
 
 SMALL = replace(LIMITS, wall_ms=600, memory_bytes=150 << 20, log_bytes=10_000)
@@ -122,7 +123,7 @@ async def test_an_agent_that_ran_hostile_jobs_holds_no_more_than_before(tmp_path
     async with a_site(tmp_path, ready_children=1) as site:
         assert site.agent.process is not None
         agent = psutil.Process(site.agent.process.pid)
-        (host,) = agent.children()
+        (host,) = hosts_of(agent.pid)
         early = None
         for turn in range(3):
             for source in HOSTILE.values():

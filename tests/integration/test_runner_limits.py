@@ -21,18 +21,21 @@ import pytest_asyncio
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber
 from edif_mesh.domain.job import Limits
-from edif_mesh.domain.site import ModelState
+from edif_mesh.domain.site import ModelState, SandboxProfile
 from edif_mesh.errors import NoRunnerError
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import open_envelope
 from edif_mesh.wire.messages import Manifest, Order, Received, Report
 from site_agent.hosting import host as host_process
 from site_agent.hosting.lender import ModelHost
+from site_agent.runner.namespaces import Enclosure
+from site_agent.runner.selftest import try_profile
 from site_agent.runner.supervisor import Runner
 from site_agent.runner.usage import Meter, read_usage
 from site_agent.shell.spool import Spool
 from tests import models, traces
 from tests.hosted import LIMITS, a_host, code, played, run, tiny_host
+from tests.mesh import hosts_of
 from tests.played_coordinator import Site, a_site, now_ms
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -123,7 +126,8 @@ async def test_a_job_over_a_limit_fails_with_the_limit_what_was_used_and_what_to
         assert words in failure.text, failure.text
 
 
-async def test_weights_that_a_job_changes_count_as_its_memory() -> None:
+@pytest.mark.parametrize("profile", [SandboxProfile.BASE, SandboxProfile.NAMESPACED])
+async def test_weights_that_a_job_changes_count_as_its_memory(profile: SandboxProfile) -> None:
     """500 MB of weights, written to in place: no address is new, so only the exact count sees the copies."""
     change = """
 import torch
@@ -131,7 +135,9 @@ with torch.no_grad():
     for parameter in model._module.parameters(): parameter.add_(1)
 outcome = 1
 """
-    async with a_host(models.gpt2_shape()) as host:
+    if problem := try_profile(profile):
+        pytest.skip(problem)
+    async with a_host(models.gpt2_shape(), sandbox=profile) as host:
         failure = (await run(host, code(change + "while True: pass"), replace(LIMITS, memory_bytes=200 * MB))).failure
         assert failure.code == "out_of_memory"
         assert "weights that it changes count" in failure.text
@@ -290,7 +296,7 @@ def processes(site: Site) -> tuple[psutil.Process, psutil.Process]:
     """The agent and the host of its one model."""
     assert site.agent.process is not None
     agent = psutil.Process(site.agent.process.pid)
-    (host,) = agent.children()
+    (host,) = hosts_of(agent.pid)
     return agent, host
 
 
@@ -454,7 +460,7 @@ async def test_a_fork_that_the_kernel_refuses_is_answered_and_costs_no_descripto
     agent, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(os, "fork", refused)
-    host_process._fork(control, theirs.detach(), None, None, None)
+    host_process._fork(control, Enclosure(SandboxProfile.BASE), theirs.detach(), lambda *_: None)
     assert json.loads(agent.recv(1000)) == {"refused": "the kernel refused a process: Resource temporarily unavailable"}
     assert ours.recv(1) == b""
     for end in (agent, control, ours):

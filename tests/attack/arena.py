@@ -25,7 +25,7 @@ from edif_mesh.domain.job import JobStatus, Limits
 from edif_mesh.domain.site import ModelRef, ModelState, SandboxProfile, Versions
 from edif_mesh.errors import EdifError
 from edif_mesh.wire.messages import JobSnapshot
-from tests.attack import ordinary_user
+from tests import ordinary_user
 from tests.attack.corpus.bombs import LOG_BYTES, MEMORY_BYTES, RESULT_BYTES
 from tests.attack.corpus.state import REFERENCE
 from tests.hosted import code
@@ -239,7 +239,7 @@ def what_is_lacking(profile: SandboxProfile, user: int) -> str:
 def _as_user(user: int) -> tuple[str, ...]:
     if user == os.getuid():
         return ()
-    return (sys.executable, "-m", "tests.attack.ordinary_user", str(user))
+    return (sys.executable, "-m", "tests.ordinary_user", str(user))
 
 
 def _confine_more(mesh: RunningMesh, client: BlockingMesh) -> None:

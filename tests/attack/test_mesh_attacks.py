@@ -17,7 +17,7 @@ import pytest
 from edif_mesh.domain.job import JobStatus
 from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.errors import ArchiveError
-from tests.attack import ordinary_user
+from tests import ordinary_user
 from tests.attack.arena import Arena, arena, ordinary_users, what_is_lacking
 from tests.attack.corpus import THEMES, source
 from tests.attack.corpus.bombs import BOMBS, LOG_BYTES

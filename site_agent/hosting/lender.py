@@ -87,7 +87,7 @@ class ModelHost:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         host._control = ours
         ours.setblocking(False)
-        readable = _readable(spec, settings.hf_cache)
+        readable = readable_folders(spec, settings.hf_cache)
         log = open(settings.log_file, "ab") if settings.log_file else None  # noqa: SIM115
         try:
             host._process = await asyncio.create_subprocess_exec(
@@ -355,7 +355,7 @@ class ModelHost:
         task.add_done_callback(self._tasks.discard)
 
 
-def _readable(spec: ModelSpec, hf_cache: Path | None) -> list[str]:
+def readable_folders(spec: ModelSpec, hf_cache: Path | None) -> list[str]:
     """What a runner may read of the site's models: its own model's files and the adapters, no other model's weights."""
     folders = [Path(spec.path)] if spec.path else []
     if hf_cache is not None:

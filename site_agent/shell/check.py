@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from edif_mesh.config import SiteConfig, read_password
 from edif_mesh.errors import EdifError
@@ -12,8 +13,9 @@ from edif_mesh.identity.trust import TrustStore
 from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire.messages import Role
 from site_agent import hardware
+from site_agent.hosting.lender import readable_folders
 from site_agent.runner.selftest import choose
-from site_agent.shell.catalogue import catalogue
+from site_agent.shell.catalogue import Entry, catalogue, hf_cache
 
 Finding = tuple[str, str]
 """`ok`, `warn` or `fail`, and a sentence."""
@@ -87,7 +89,19 @@ def _models(config: SiteConfig) -> list[Finding]:
         found.append(
             ("fail", entry.problem) if entry.problem else ("ok", f"{offer.repo_id} {offer.revision[:12]} {size}")
         )
+        found += _closed_to_runners(config, entry)
     return found or [("fail", "no model is configured: add a [[models]] table with a repo_id")]
+
+
+def _closed_to_runners(config: SiteConfig, entry: Entry) -> list[Finding]:
+    """Adapters that an agent of root reads and its runners, which are other users, do not; weights are loaded by the host."""
+    if os.geteuid() != 0:
+        return []
+    folders = [Path(folder) for folder in readable_folders(entry.spec, hf_cache(config))]
+    adapters = [path for folder in folders for path in folder.glob("**/adapter_*") if path.exists()]
+    closed = [path for path in adapters if not path.stat().st_mode & 0o004]
+    text = "runners have user ids of their own and cannot load {0} for a request: chmod o+r {0}"
+    return [("warn", text.format(path)) for path in closed]
 
 
 def _state(config: SiteConfig) -> Finding:

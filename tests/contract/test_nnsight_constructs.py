@@ -247,6 +247,8 @@ def _adapter() -> Path:
         model = AutoModelForCausalLM.from_pretrained(_snapshot(tiny_gpt2()))
         lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
         lora.save_pretrained(base / "snapshots" / ("a" * 40))
+        for path in (base / "snapshots").rglob("*.safetensors"):
+            path.chmod(0o644)  # it is written for its owner only, and runners are other users
         (base / "refs").mkdir()
         (base / "refs" / "main").write_text("a" * 40)
     return _snapshot(ADAPTER)

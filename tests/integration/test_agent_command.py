@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests import models
 from tests.contract.nats_starter import NatsServer
@@ -53,6 +55,20 @@ def test_check_names_a_model_that_is_not_here_and_what_to_type(tmp_path: Path) -
     agent.config.write_text(agent.config.read_text().replace(models.TINY, "nobody/nothing"))
     done = run("check", agent)
     assert "hf download nobody/nothing" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only an agent of root has runners with user ids of their own")
+def test_check_warns_of_files_that_runners_cannot_read(tmp_path: Path) -> None:
+    """An adapter is loaded by the runner, as another user, when a request asks for it: found out here, not then."""
+    agent = AgentProcess(tmp_path, Keys(tmp_path), NatsServer(tmp_path))
+    repo_id = models.tiny_gpt2()
+    copied = tmp_path / "hub" / f"models--{repo_id.replace('/', '--')}"
+    shutil.copytree(models.cache() / copied.name, copied, symlinks=True)
+    agent.config.write_text(agent.config.read_text().replace(str(models.cache()), str(tmp_path / "hub")))
+    assert "cannot load" not in run("check", agent).stdout
+    secret = copied / "adapter_model.safetensors"
+    secret.touch(0o600)
+    assert f"warn runners have user ids of their own and cannot load {secret}" in run("check", agent).stdout
 
 
 def test_a_wrong_federation_is_a_sentence(tmp_path: Path) -> None:

@@ -158,7 +158,10 @@ class Link:
             return True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_ms / 1000):
-                await self._back.wait()
+                while not self.connected:
+                    await self._back.wait()
+                    # The client may know of a loss before it has told us; it needs the event loop to do so.
+                    await asyncio.sleep(0 if self.connected else 0.01)
         return self.connected
 
     async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> LinkSubscription:

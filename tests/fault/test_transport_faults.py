@@ -116,6 +116,19 @@ async def test_appends_during_kills_are_all_stored_once(server: NatsServer, conn
     assert found == [b"%d" % n for n in range(300)]
 
 
+async def test_an_append_in_the_moment_of_the_loss_leaves_the_client_time_to_notice_it(
+    server: NatsServer, connection: Connection
+) -> None:
+    server.kill()
+    while connection.bus.connected:  # noqa: ASYNC110 (no event: the moment before the loss is told is wanted)
+        await asyncio.sleep(0)
+    append = connection.streams.append(subjects.log_lines(JOB, 1), b"x", message_id="m", timeout_ms=10_000)
+    writing = asyncio.create_task(append)
+    await asyncio.sleep(0)
+    server.start()
+    assert await writing > 0
+
+
 async def test_reading_and_consuming_go_on_after_a_kill_without_gap_or_repeat(
     server: NatsServer, connection: Connection
 ) -> None:

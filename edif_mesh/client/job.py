@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
+_ON_ITS_WAY_S, _ASK_AGAIN_S = 5.0, 0.05
+"""How long `status` waits for an order that was just sent, and how often it asks."""
 _FETCH_TRIES = 30
 _INLINE_BYTES = 64 << 10
 """A smaller archive is read faster than a thread is woken."""
@@ -72,18 +74,24 @@ class Job:
 
     # -------------------------------------------------------------------------------------------------------- status
 
-    async def status(self, *, explain: bool = False) -> JobSnapshot:
+    async def status(self, *, explain: bool = False, patience_s: float = _ON_ITS_WAY_S) -> JobSnapshot:
         """Return the job's state now; with `explain`, why each site was or was not chosen.
 
-        Raises NotFoundError, also while the order is still on its way; RefusedError when the coordinator refused it.
+        An order that has just left this machine is waited for, `patience_s` seconds at most, until a coordinator knows it.
+        Raises NotFoundError, also when it is still on its way then; RefusedError when the coordinator refused it.
         """
-        try:
-            self._last = await self._ask(AskJob(self.id, now_ms(), explain))
-        except NotFoundError:
-            if (failure := self._mesh.outbox.refusal(self.id)) is not None:
-                raise refused_by(failure) from None
-            raise
-        return self._last
+        until = time.monotonic() + patience_s
+        while True:
+            waits = self._mesh.outbox.waits(self.id)  # before we ask: it may be recorded in the meantime
+            try:
+                self._last = await self._ask(AskJob(self.id, now_ms(), explain))
+                return self._last
+            except NotFoundError:
+                if (failure := self._mesh.outbox.refusal(self.id)) is not None:
+                    raise refused_by(failure) from None
+                if not waits or time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(_ASK_AGAIN_S)
 
     async def start_watching(self) -> None:
         """Listen for updates from now on; `submit` does it before the order leaves, so that none is missed."""
@@ -332,7 +340,7 @@ class Job:
         """Ask for news; sends the order again, ever more rarely, while the coordinator does not know it."""
         waits = self._mesh.outbox.waits(self.id)  # before we ask: it may be recorded in the meantime
         try:
-            return await self.status()
+            return await self.status(patience_s=0)
         except NotFoundError:
             if not waits:
                 raise

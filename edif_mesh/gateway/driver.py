@@ -61,7 +61,7 @@ class Driver:
         waits = self._mesh.outbox.waits(job_id)  # before we ask: it may be recorded or refused in the meantime
         job = self._mesh.job(job_id)
         try:
-            snapshot = await job.status()
+            snapshot = await job.status(patience_s=0)
             if snapshot.status is not JobStatus.SUCCEEDED:
                 return snapshot_frame(snapshot)
             order = job.order()

@@ -178,6 +178,15 @@ async def test_an_order_is_sent_again_until_it_is_recorded(hub: ScriptedCoordina
     await watching
 
 
+async def test_the_status_of_an_order_that_has_just_left_is_waited_for(hub: ScriptedCoordinator, mesh: Mesh) -> None:
+    hub.records = False
+    job = await mesh.submit(b"payload", SPEC)
+    asking = asyncio.create_task(job.status(patience_s=20))
+    await hub.until(lambda: hub.asked >= 2)
+    hub.snapshots[job.id] = hub.snapshot(job.id, 1, JobStatus.QUEUED)
+    assert (await asking).status is JobStatus.QUEUED
+
+
 async def test_what_a_crash_left_is_sent_by_the_next_process(hub: ScriptedCoordinator) -> None:
     async with await Mesh.connect(hub.config()) as first:
         job = await first.prepare(b"payload", SPEC)  # and it dies before `send`

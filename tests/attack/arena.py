@@ -119,7 +119,9 @@ class Arena:
         assert not [
             place for place in ("/tmp", "/dev/shm") if Path(place, f"edif-escape-{self.names['PORT']}").exists()
         ]
-        assert self._host() == self.names["HOST"]
+        assert until(lambda: self._host() == self.names["HOST"], 20), (
+            "the host is another"
+        )  # while it forks, it has no child
         assert self.mesh.processes()["site-ansbach"] == self.names["AGENT"]
         assert until(lambda: self._alive() == self._processes, 20), (self._alive(), self._processes)
 

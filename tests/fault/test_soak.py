@@ -62,9 +62,16 @@ def assert_flat(early: Footprint, late: Footprint) -> None:
 async def at_rest(host: psutil.Process, children: Callable[[], bool]) -> None:
     """Wait until the host has only its ready runner again: no zombie, nothing left over."""
     async with asyncio.timeout(20):
-        while len(host.children(recursive=True)) != 1 or not children():  # noqa: ASYNC110
+        while not _only_one_waits(host) or not children():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-    assert host.children()[0].status() != psutil.STATUS_ZOMBIE
+
+
+def _only_one_waits(host: psutil.Process) -> bool:
+    try:
+        statuses = [child.status() for child in host.children(recursive=True)]
+    except psutil.NoSuchProcess:  # one ended while we looked
+        return False
+    return len(statuses) == 1 and statuses[0] == psutil.STATUS_SLEEPING
 
 
 async def soak(host: ModelHost, jobs: int) -> tuple[Footprint, Footprint]:

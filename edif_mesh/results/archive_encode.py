@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,6 +18,7 @@ from edif_mesh.results.archive_types import (
     KV_LAYERS,
     MAX_DEPTH,
     MAX_EXPANDED,
+    MAX_NODES,
     NAMES,
     NUMPY_KINDS,
     Extent,
@@ -38,8 +40,9 @@ class Encoder:
 
     def __init__(self) -> None:
         self.storages: list[memoryview] = []
-        self._views = Views(self._add)
+        self._views = Views(lambda data: self._add(lambda: data))
         self._extent = Extent()
+        self._left = MAX_NODES
         self._memo: dict[int, tuple[int, int, int] | None] = {}
         self._kept: list[Any] = []
 
@@ -51,6 +54,9 @@ class Encoder:
 
     def node(self, value: Any, path: str, depth: int) -> Node:
         """Encode one value; `path` is how the researcher would write it."""
+        self._left -= 1
+        if self._left < 0:
+            self._spent(path, type(value))
         if value is None or value is True or value is False:
             return value
         kind = type(value)
@@ -80,6 +86,11 @@ class Encoder:
         self._memo[id(value)] = self._extent.leave(depth, outer)
         return node
 
+    def _spent(self, path: str, kind: type) -> NoReturn:
+        raise UnsupportedValueError(
+            path, kind.__name__, f"It is one of more than {MAX_NODES:,} parts of this result; save tensors instead."
+        )
+
     def _visit(self, path: str, kind: type, depth: int, height: int, weight: int) -> None:
         if not self._extent.add(depth, height, weight):
             hint = (
@@ -91,7 +102,7 @@ class Encoder:
 
     def _small(self, value: Any, kind: type) -> Node | None:
         if kind is bytes or kind is bytearray:
-            return {"t": kind.__name__, "s": self._add(memoryview(bytes(value)))}
+            return {"t": kind.__name__, "s": self._add(lambda: memoryview(bytes(value)))}
         if kind is complex:
             return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
         if kind is torch.Size:
@@ -171,11 +182,13 @@ class Encoder:
 
         plain = type(value) in (np.ndarray, np.memmap) or isinstance(value, np.generic)
         if plain and value.dtype.kind in NUMPY_KINDS and value.dtype.itemsize:
-            array = np.ascontiguousarray(value)
-            data = memoryview(array.reshape(-1).view(np.uint8)) if array.nbytes else memoryview(b"")
-            shape = list(value.shape)
+
+            def data() -> memoryview:
+                array = np.ascontiguousarray(value)
+                return memoryview(array.reshape(-1).view(np.uint8)) if array.nbytes else memoryview(b"")
+
             name = "ndarray" if isinstance(value, np.ndarray) else "npscalar"
-            return {"t": name, "d": array.dtype.str, "shape": shape, "s": self._add(data.cast("B"))}
+            return {"t": name, "d": value.dtype.str, "shape": list(value.shape), "s": self._add(data)}
         kind = getattr(getattr(value, "dtype", None), "kind", "?")
         hint = "Save it as a tensor, or .tolist()." if kind != "V" else "Save its fields one by one."
         raise UnsupportedValueError(path, f"numpy {type(value).__name__} of kind {kind!r}", hint)
@@ -242,15 +255,48 @@ class Encoder:
             raise UnsupportedValueError(path, "tensor without data (meta or fake)", "Save its .shape instead.")
         if value.dtype not in NAMES:
             raise UnsupportedValueError(path, f"tensor of {value.dtype}", "Save .float() or .to(torch.int8) of it.")
-        return self._views.add(tensor, {"t": "tensor", **extra})
+        return self._place(tensor, {"t": "tensor", **extra})
+
+    def _place(self, tensor: torch.Tensor, node: dict[str, Any]) -> Node:
+        return self._views.add(tensor, node)
 
     def _sparse(self, form: str, path: str, *parts: Any) -> Node:
         *tensors, shape, extra = parts
         return {"t": form, "parts": [self._tensor(t, path) for t in tensors], "shape": list(shape), **extra}
 
-    def _add(self, data: memoryview) -> int:
-        self.storages.append(data)
+    def _add(self, data: Callable[[], memoryview]) -> int:
+        self.storages.append(data())
         return len(self.storages) - 1
+
+
+class Check(Encoder):
+    """Walks a value by the encoder's own rules and takes no data: types, layouts and dtypes only, of so many parts."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self._left = self._parts = parts
+
+    def look(self, value: Any, path: str) -> int:
+        """Return how many parts were looked at, all of them or as many as allowed.
+
+        Raises UnsupportedValueError, naming the part that an archive cannot hold.
+        """
+        with contextlib.suppress(_EnoughError, RecursionError):
+            self.node(value, path, 0)
+        return self._parts - max(0, self._left)
+
+    def _spent(self, path: str, kind: type) -> NoReturn:
+        raise _EnoughError
+
+    def _place(self, tensor: torch.Tensor, node: dict[str, Any]) -> Node:
+        return node
+
+    def _add(self, data: Callable[[], memoryview]) -> int:
+        return 0
+
+
+class _EnoughError(Exception):
+    pass
 
 
 def _name(kind: type) -> str:

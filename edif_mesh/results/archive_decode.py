@@ -59,7 +59,7 @@ class Decoder:
             **{kind: lambda n, d: self._tensors.tensor(n) for kind in TENSOR_KINDS},
             "ndarray": lambda n, d: self._tensors.numpy(n),
             "npscalar": lambda n, d: self._tensors.numpy(n)[()],
-            **Libraries(self.node, self._hashed_pairs, self._tensors.storage, self._classes).rules,
+            **Libraries(self.node, self._hashed_pairs, self._tensors.take, self._classes).rules,
         }
 
     def mapping(self, values: list[Node]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Decoder:
         if plain is not None:
             return plain(node)
         if kind in ("bytes", "bytearray"):
-            data = bytes(self._tensors.storage(node["s"]).numpy())
+            data = self._tensors.take(node["s"])
             return data if kind == "bytes" else bytearray(data)
         rule = self._rules.get(str(kind))
         if rule is None:

@@ -16,6 +16,7 @@ from edif_mesh.results.archive_types import (
     CACHES,
     KV_LAYERS,
     LAYER_ATTRIBUTES,
+    MAX_ENCODING_BYTES,
     MODEL_MODULE,
     MODEL_OUTPUTS,
     Node,
@@ -25,7 +26,6 @@ from edif_mesh.results.archive_types import (
 )
 from edif_mesh.results.nnsight_types import activation_cache
 
-MAX_ENCODING_BYTES = 256 << 20
 _U32 = (1 << 32) - 1
 
 
@@ -36,10 +36,11 @@ class Libraries:
         self,
         node: Callable[[Node, int], Any],
         pairs: Callable[[Node, int], dict[Any, Any]],
-        storage: Callable[[Any], torch.Tensor],
+        take: Callable[[Any], bytes],
         classes: dict[str, type],
     ) -> None:
-        self._node, self._pairs, self._storage, self._classes = node, pairs, storage, classes
+        self._node, self._pairs, self._take, self._classes = node, pairs, take, classes
+        self._encoding_bytes = 0
         self.rules: dict[str, Callable[[Node, int], Any]] = {
             "batch_encoding": self._batch,
             "batch_feature": self._batch,
@@ -70,9 +71,10 @@ class Libraries:
         """What the tokenizer said of a text: its own JSON, in which every list must have one entry for each token."""
         from tokenizers import Encoding
 
-        raw = bytes(self._storage(node["s"]).numpy())
-        if len(raw) > MAX_ENCODING_BYTES:
-            raise ArchiveError("The encoding of a text is too large.")
+        raw = self._take(node["s"])
+        self._encoding_bytes += len(raw)
+        if self._encoding_bytes > MAX_ENCODING_BYTES:
+            raise ArchiveError("The encodings of texts are too large.")
         parts = json.loads(raw)
         _check_encoding(parts)
         for part in as_list(parts["overflowing"]):

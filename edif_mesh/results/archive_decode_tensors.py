@@ -36,11 +36,21 @@ class Tensors:
 
     def __init__(self, storages: list[torch.Tensor]) -> None:
         self._storages = storages
-        self._clean_bools: set[int] = set()
+        self._clean: set[tuple[int, str]] = set()
+        self._taken: set[int] = set()
+        self._room = 2 * sum(storage.numel() for storage in storages) + SMALL_BYTES
 
     def storage(self, number: Any) -> torch.Tensor:
         """Return a storage; raises ArchiveError when there is none of that number."""
         return self._storages[as_int(number, 0, len(self._storages) - 1)]
+
+    def take(self, number: Any) -> bytes:
+        """Return a copy of a storage, once: no tree of many nodes over one storage makes the reader allocate."""
+        data = self.storage(number)
+        if number in self._taken:
+            raise ArchiveError("Two values of the archive are made of the same bytes.")
+        self._taken.add(number)
+        return bytes(data.numpy())
 
     def tensor(self, node: dict[str, Any]) -> torch.Tensor:
         """Return the tensor of a node of one of `TENSOR_KINDS`."""
@@ -74,8 +84,11 @@ class Tensors:
                 self._check_bools(node["s"])
             typed = storage[: elements * dtype.itemsize].view(dtype)
             tensor = torch.as_strided(typed, shape, stride, offset)
-        tensor = tensor.conj() if node.get("j") is True else tensor
-        return torch._neg_view(tensor) if node.get("n") is True else tensor
+        conjugate, negative = node.get("j") is True, node.get("n") is True
+        if (conjugate and not dtype.is_complex) or (negative and not (dtype.is_complex or dtype.is_floating_point)):
+            raise ArchiveError("A tensor is conjugate or negative that cannot be.")
+        tensor = tensor.conj() if conjugate else tensor
+        return torch._neg_view(tensor) if negative else tensor
 
     def _part(self, node: Any) -> torch.Tensor:
         """A tensor that another is made of: strided and nothing else."""
@@ -84,17 +97,29 @@ class Tensors:
         return self.tensor(node)
 
     def _check_bools(self, number: int) -> None:
-        if number not in self._clean_bools:
+        if (number, "bool") not in self._clean:
             if not bool((self._storages[number] <= 1).all()):
                 raise ArchiveError("A tensor of bool holds bytes that are neither 0 nor 1.")
-            self._clean_bools.add(number)
+            self._clean.add((number, "bool"))
+
+    def _check_text(self, number: int, order: str) -> None:
+        if (number, order) not in self._clean:
+            if bool((self._storages[number].numpy().view(f"{order}u4") > sys.maxunicode).any()):
+                raise ArchiveError("A numpy array of text holds what is no character.")
+            self._clean.add((number, order))
+
+    def _make_room(self, tensor: torch.Tensor) -> None:
+        """Count what torch is about to copy: a storage may be named by many nodes, and a stride may repeat it."""
+        self._room -= tensor.numel() * tensor.element_size()
+        if self._room < 0:
+            raise ArchiveError("The archive's tensors would take more memory than it has bytes.")
 
     def _sparse(self, node: dict[str, Any]) -> torch.Tensor:
         parts, shape = [self._part(part) for part in as_list(node["parts"])], _shape(node["shape"])
         if node["t"] == "coo":
             indices, values = parts
-            made = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
-            return made.coalesce() if node.get("k") is True else made
+            coalesced = node.get("k") is True
+            return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=True)
         compressed, plain, values = parts
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -107,6 +132,7 @@ class Tensors:
         whole, dtype = self._part(node["v"]), QUANTIZED[str(node["d"])]
         if whole.dtype is not dtype:
             raise ArchiveError("A quantized tensor has integers of another kind.")
+        self._make_room(whole)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             if "parts" not in node:
@@ -132,8 +158,8 @@ class Tensors:
             raise ArchiveError("A numpy array does not fit its bytes.")
         if dtype.kind == "b":
             self._check_bools(node["s"])
-        if dtype.kind == "U" and bool((raw.view(np.dtype(f"{dtype.byteorder}u4")) > sys.maxunicode).any()):
-            raise ArchiveError("A numpy array of text holds what is no character.")
+        if dtype.kind == "U":
+            self._check_text(node["s"], dtype.byteorder)
         order = "F" if node.get("f") is True else "C"
         return raw.view(dtype).reshape(shape, order=order) if raw.nbytes else np.empty(shape, dtype)
 

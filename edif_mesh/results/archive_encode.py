@@ -22,6 +22,7 @@ from edif_mesh.results.archive_refusals import way_out
 from edif_mesh.results.archive_types import (
     DEFAULT_FACTORIES,
     MAX_DEPTH,
+    MAX_ENCODING_BYTES,
     MAX_EXPANDED,
     MAX_KEY_NODES,
     MAX_NODES,
@@ -44,6 +45,7 @@ class Encoder:
         self._views = Views(lambda data: self.add(lambda: data))
         self._extent = Extent()
         self._left = MAX_NODES
+        self._encoding_bytes = 0
         self._memo: dict[int, tuple[int, int, int] | None] = {}
         self._kept: list[Any] = []
 
@@ -174,6 +176,14 @@ class Encoder:
     def place(self, tensor: torch.Tensor, node: dict[str, Any]) -> Node:
         """Take a strided tensor; its node is completed once all tensors are known."""
         return self._views.add(tensor, node)
+
+    def add_encoding(self, data: bytes, path: str) -> int:
+        """Take the JSON of a tokenizer's encoding; return its storage's number."""
+        self._encoding_bytes += len(data)
+        if self._encoding_bytes > MAX_ENCODING_BYTES:
+            hint = f"Encodings take more than {MAX_ENCODING_BYTES >> 20} MiB together; save their ids as tensors."
+            raise UnsupportedValueError(path, "Encoding", hint)
+        return self.add(lambda: memoryview(data))
 
     def add(self, data: Callable[[], memoryview]) -> int:
         """Take a storage; return its number."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ def library_node(walk: Walk, value: Any, kind: type, path: str, depth: int) -> N
     if name in ("BatchEncoding", "BatchFeature"):
         return _batch(walk, value, name, path, depth)
     if name == "Encoding" and kind.__module__.startswith("tokenizers"):
-        return _encoding(walk, value)
+        return _encoding(walk, value, path)
     if name == "AddedToken" and kind.__module__.startswith("tokenizers"):
         flags = [value.single_word, value.lstrip, value.rstrip, value.normalized, value.special]
         return {"t": "added_token", "v": walk.node(value.content, path, depth), "f": flags}
@@ -36,14 +35,14 @@ def _batch(walk: Walk, value: Any, name: str, path: str, depth: int) -> Node:
         return {"t": "batch_feature", "v": pairs}
     node: Node = {"t": "batch_encoding", "v": pairs}
     if value.encodings is not None:
-        node["e"] = [_encoding(walk, encoding) for encoding in value.encodings]
+        node["e"] = [_encoding(walk, part, f"{path}.encodings[{i}]") for i, part in enumerate(value.encodings)]
         node["n"] = value.n_sequences
     return node
 
 
-def _encoding(walk: Walk, value: Any) -> Node:
+def _encoding(walk: Walk, value: Any, path: str) -> Node:
     """The tokenizer's own JSON of an encoding, as bytes."""
-    return {"t": "encoding", "s": walk.add(lambda: memoryview(json.dumps(json.loads(value.__getstate__())).encode()))}
+    return {"t": "encoding", "s": walk.add_encoding(value.__getstate__(), path)}
 
 
 def _activation_cache(walk: Walk, value: Any, path: str, depth: int) -> Node:

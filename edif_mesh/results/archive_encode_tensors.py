@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ def _quantized(walk: Walk, tensor: torch.Tensor, path: str, extra: dict[str, Any
     if name not in QUANTIZED:
         raise UnsupportedValueError(path, f"quantized tensor of {tensor.dtype}", "Save its .dequantize() instead.")
     whole = tensor_node(walk, walk.integers(tensor), path)
+    if tensor.qscheme() is torch.per_tensor_affine and not math.isfinite(tensor.q_scale()):
+        raise UnsupportedValueError(path, "tensor quantized without a finite scale", "Save its .int_repr() instead.")
     if tensor.qscheme() is torch.per_tensor_affine:
         scale = {"scale": tensor.q_scale(), "zero": tensor.q_zero_point()}
         return {"t": "quantized", "d": name, "v": whole, **scale, **extra}

@@ -33,7 +33,7 @@ QUANTIZED: dict[str, torch.dtype] = {"qint8": torch.int8, "quint8": torch.uint8,
 NUMPY_KINDS = "biufcUSmM"
 """numpy dtype kinds whose bytes are plain data."""
 
-NUMPY_DTYPE = re.compile(r"[<>|][biufcUS][0-9]{1,9}|[<>][mM]8(\[[0-9]{0,9}(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")
+NUMPY_DTYPE = re.compile(r"[<>|][biufcUS][0-9]{1,9}|[<>][mM]8(\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")
 """The only spellings of a numpy dtype that an archive may hold."""
 
 MODEL_OUTPUTS = ("transformers.modeling_outputs", "transformers.generation.utils")
@@ -75,6 +75,8 @@ MAX_NODES = 4_000_000
 MAX_EXPANDED = 1 << 24
 """Nodes a walk over the values may meet when shared ones count each time: no tree of references explodes later."""
 MAX_KEY_NODES = 10_000
+MAX_ENCODING_BYTES = 64 << 20
+"""Bytes of JSON of all tokenizer encodings in one archive; a reader takes many times as much memory to check them."""
 MAX_REPEAT = 1024
 """How many times larger than its storage a tensor with repeating strides may be; below `SMALL_BYTES` it does not matter."""
 SMALL_BYTES = 16 << 20
@@ -89,6 +91,10 @@ class Walk(Protocol):
 
     def add(self, data: Callable[[], memoryview]) -> int:
         """Add a storage, whose bytes are asked for only when they are shipped; return its number."""
+        ...
+
+    def add_encoding(self, data: bytes, path: str) -> int:
+        """Add the JSON of a tokenizer's encoding as a storage; raises UnsupportedValueError for too much of it."""
         ...
 
     def integers(self, tensor: torch.Tensor) -> torch.Tensor:

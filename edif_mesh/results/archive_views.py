@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from edif_mesh.results.archive_types import MAX_REPEAT, NAMES, SMALL_BYTES
+from edif_mesh.results.archive_types import BARE, MAX_REPEAT, NAMES, SMALL_BYTES
 
 Node = dict[str, Any]
 
@@ -22,14 +22,18 @@ class Views:
 
     def __init__(self, add_storage: Callable[[memoryview], int]) -> None:
         self._add_storage = add_storage
-        self._groups: dict[tuple[int, torch.dtype], list[tuple[torch.Tensor, Node]]] = {}
+        self._groups: dict[tuple[int, str], list[tuple[torch.Tensor, Node]]] = {}
 
     def add(self, tensor: torch.Tensor, node: Node) -> Node:
-        """Take a detached strided tensor; `node` is completed by `place` and returned at once."""
-        tensor = tensor.resolve_conj().resolve_neg()
+        """Take a detached strided tensor without conj and neg bits; `node` is completed by `place` and returned at once."""
+        if tensor.dtype is torch.bool and tensor.device.type == "cpu" and bool((tensor.view(torch.uint8) > 1).any()):
+            tensor = tensor.view(torch.uint8) != 0  # bytes that were viewed as bool; a reader takes only 0 and 1
+        node["d"] = NAMES[tensor.dtype]
+        if tensor.dtype in BARE:
+            tensor = tensor.view(BARE[tensor.dtype])
         if tensor.device.type != "cpu" or not tensor.numel() or _repeats_too_much(tensor):
             tensor = tensor.cpu().contiguous()
-        self._groups.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append((tensor, node))
+        self._groups.setdefault((tensor.untyped_storage().data_ptr(), node["d"]), []).append((tensor, node))
         return node
 
     def place(self) -> None:
@@ -50,16 +54,14 @@ class Views:
             _complete(node, tensor, offset, number)
 
     def _alone(self, tensor: torch.Tensor, node: Node) -> None:
-        dense = tensor.contiguous()
+        dense = tensor if tensor.is_contiguous() else tensor.clone()  # in the order of its strides
         low = dense.storage_offset() * dense.element_size()
         data = _raw(dense, low, low + dense.numel() * dense.element_size()) if dense.numel() else memoryview(b"")
         _complete(node, dense, 0, self._add_storage(data))
 
 
 def _complete(node: Node, tensor: torch.Tensor, offset: int, storage: int) -> None:
-    node.update(
-        d=NAMES[tensor.dtype], shape=list(tensor.shape), stride=list(tensor.stride()), o=offset, s=storage
-    )  # fmt: skip
+    node.update(shape=list(tensor.shape), stride=list(tensor.stride()), o=offset, s=storage)
 
 
 def _repeats_too_much(tensor: torch.Tensor) -> bool:

@@ -75,15 +75,15 @@ class ActivationCache:
         return self._values("input")
 
 
-def activation_cache(entries: dict[str, list[tuple[Any, Any]]]) -> Any:
-    """Return what `tracer.cache()` gives over `{module path: [(output, inputs), ...]}`."""
+def activation_cache(entries: dict[str, list[tuple[Any, Any]]], path: str | None = None) -> Any:
+    """Return what `tracer.cache()` gives over `{module path: [(output, inputs), ...]}`; with `path`, that module's view of it."""
     module = sys.modules.get(CACHE_MODULE)
     if module is None:
-        return ActivationCache({path: [CachedVisit(*visit) for visit in found] for path, found in entries.items()})
-    visits = {path: [module.Entry(output=o, inputs=i) for o, i in found] for path, found in entries.items()}
+        return ActivationCache({at: [CachedVisit(*visit) for visit in found] for at, found in entries.items()}, path)
+    visits = {at: [module.Entry(output=o, inputs=i) for o, i in found] for at, found in entries.items()}
     cache = module.Cache.__new__(module.Cache)
     cache.__dict__.update(cache_state(visits))
-    return module.CacheView(cache, None)
+    return module.CacheView(cache, None, path)
 
 
 def cache_state(visits: dict[str, list[Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import copyreg
+import functools
 import operator
 import pickle
 import pydoc
@@ -21,7 +22,7 @@ import torch
 from torch.utils.serialization import config
 
 from edif_mesh.results.archive import read
-from edif_mesh.results.archive_types import EnumRecord, Record
+from edif_mesh.results.archive_types import BARE, EnumRecord, Record
 from edif_mesh.results.nnsight_types import CACHE_MODULE, ActivationCache, CachedVisit, cache_state
 from edif_mesh.results.stored_frame import StoredFrame
 
@@ -90,9 +91,11 @@ class _ClientPickler(pickle.Pickler):
         """Return how to write `value`, or NotImplemented for the usual way."""
         if isinstance(value, type):
             return _namedtuple_class(value)
-        rule = _RULES.get(type(value))
+        rule = _RULES.get(type(value)) or _RULES_BY_NAME.get(f"{type(value).__module__}.{type(value).__name__}")
         if rule is not None:
             return rule(value)
+        if type(value) is torch.Tensor and value.dtype in BARE:
+            return torch.Tensor.view, (value.view(BARE[value.dtype]), value.dtype)
         if type(value) is torch.Tensor and value.layout is torch.strided:
             return self._tensor(value)
         return NotImplemented
@@ -111,7 +114,7 @@ class _ClientPickler(pickle.Pickler):
 def _namedtuple_class(kind: type) -> Any:
     """A namedtuple class that the archive reader made exists nowhere else: the client makes its own."""
     if kind.__module__ == "edif_mesh.results.archive_decode" and hasattr(kind, "_fields"):
-        return collections.namedtuple, (kind.__name__, kind._fields)
+        return functools.partial(collections.namedtuple, rename=True), (kind.__name__, kind._fields)
     return NotImplemented
 
 
@@ -132,6 +135,19 @@ def _visit(value: CachedVisit) -> _Reduced:
     return _Instance("Entry", {"output": value.output, "inputs": value.inputs}).__reduce__()
 
 
+def _batch_encoding(value: Any) -> _Reduced:
+    """Its own state leaves out how many sequences it holds."""
+    return type(value), (value.data, value.encodings, None, False, value.n_sequences)
+
+
+def _batch_feature(value: Any) -> _Reduced:
+    return type(value), (value.data,)
+
+
+_RULES_BY_NAME: dict[str, Callable[[Any], _Reduced]] = {
+    "transformers.tokenization_utils_base.BatchEncoding": _batch_encoding,
+    "transformers.feature_extraction_utils.BatchFeature": _batch_feature,
+}
 _RULES: dict[type, Callable[[Any], _Reduced]] = {
     Record: _record,
     EnumRecord: _enum_member,

@@ -35,6 +35,7 @@ from site_agent.runner.protocol import (
     pack,
     pack_json,
 )
+from site_agent.runner.saves import checked_saves, refusal
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SLACK_BYTES, _THREAD_SLACK_BYTES = 256 << 20, 80 << 20
@@ -120,7 +121,7 @@ def _serve_one(sock: socket.socket, model: Any, warm_payload: bytes | None, addr
 
 def _warm_up(payload: bytes | None, model: Any) -> None:
     if payload is not None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), checked_saves():
             plan(execute(payload, model)).to_bytes()
         forget_warm_up()
 
@@ -148,9 +149,12 @@ def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output:
     except BaseException as error:
         return "bad_payload", _payload_sentence(error)
     try:
-        values = _execute(tracer)
+        with checked_saves():
+            values = _execute(tracer)
     except MemoryError:
         raise
+    except UnsupportedValueError as error:
+        return error.code, refusal(error)
     except BaseException as error:
         if _is_allocation_failure(error):
             return "out_of_memory", _memory_sentence(head, str(error))

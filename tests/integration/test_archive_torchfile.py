@@ -21,7 +21,8 @@ from edif_mesh.errors import ArchiveError
 from edif_mesh.results.archive import plan
 from edif_mesh.results.archive_types import DTYPES
 from edif_mesh.results.torchfile import write_torch_save
-from tests.same_values import assert_same
+from tests.same_values import assert_same, assert_same_strides
+from tests.saved_values import SAVED
 
 Pair = namedtuple("Pair", "left right")
 
@@ -55,6 +56,16 @@ def test_values_arrive_exactly(compress: bool) -> None:
         "np": np.arange(3), "size": torch.Size([1]), "dtype": torch.float16, "u16": torch.ones(2, dtype=torch.uint16),
     }  # fmt: skip
     assert_same(loaded(values, compress=compress), values)
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_every_kind_loads_as_it_was(kind: str) -> None:
+    values = SAVED[kind]()
+    back = loaded(values)
+    assert_same(back, values)
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized:
+            assert_same_strides(back[name], value)
 
 
 def test_two_dtypes_over_one_storage_do_not_stop_the_result() -> None:

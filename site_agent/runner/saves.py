@@ -1,0 +1,84 @@
+"""Refuses a value at the line that saves it, not after an hour of running. Lives in the confined runner only.
+
+nnsight marks what a trace returns with one function of its own, `nnsight.tracing.tracer.mark`: `value.save()` and
+`nnsight.save(value)` both end there. While a job runs, a value is first looked at by the archive's own rules. What is
+put into a saved list later is seen when the result is made, as everything is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from edif_mesh.errors import UnsupportedValueError
+from edif_mesh.results.archive_encode import Check
+
+PARTS_OF_A_SAVE = 10_000
+PARTS_OF_A_JOB = 1_000_000
+"""How many parts are looked at, so that a long list that is saved again and again costs no time."""
+
+
+@contextlib.contextmanager
+def checked_saves() -> Iterator[None]:
+    """Have `save()` raise UnsupportedValueError, in the code that calls it, for what an archive cannot hold."""
+    from nnsight.tracing import tracer
+
+    mark, left = tracer.mark, PARTS_OF_A_JOB
+
+    def checked(value: Any) -> Any:
+        nonlocal left
+        try:
+            left -= Check(min(PARTS_OF_A_SAVE, left)).look(value, "")
+        except UnsupportedValueError as error:
+            raise _at_the_save(error) from None
+        except Exception:  # it cannot even be looked at: the result says so
+            pass
+        return mark(value)
+
+    tracer.mark = checked
+    try:
+        yield
+    finally:
+        tracer.mark = mark
+
+
+def refusal(error: UnsupportedValueError) -> str:
+    """The sentence, and the researcher's line when the refusal came from a `save()`."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def _at_the_save(error: UnsupportedValueError) -> UnsupportedValueError:
+    """The same refusal with the name that the value was to get, and the line of the save."""
+    frame = _caller()
+    name = _stored_as(frame) if frame is not None else ""
+    named = UnsupportedValueError(f"{name or 'value'}{error.path}", error.type_name, error.hint)
+    if frame is not None:
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        source = linecache.getline(file, line).strip()
+        named.add_note(
+            f'Refused at once, where it is saved: File "{file}", line {line}' + (f"\n    {source}" if source else "")
+        )
+    return named
+
+
+def _caller() -> FrameType | None:
+    """The innermost frame that is neither ours nor nnsight's."""
+    import nnsight
+
+    inner = os.path.dirname(str(nnsight.__file__)), os.path.dirname(__file__)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(inner):
+        frame = frame.f_back
+    return frame
+
+
+def _stored_as(frame: FrameType) -> str:
+    """The variable that gets what the running call returns, else nothing."""
+    after = next((i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti), None)
+    return str(after.argval) if after is not None and after.opname.startswith("STORE_") and after.argval else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.core.decision import Draft, SendGrant
 from coordinator.core.placement import BUSY, choose, judge
@@ -10,7 +10,7 @@ from coordinator.core.queue import Turns
 from coordinator.core.state import AttemptRecord, JobRecord, Policy, SiteRecord
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, SiteId
-from edif_mesh.domain.job import Failure, JobStatus, Limits
+from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.wire.messages import Grant, SiteVerdict
 
 UNTRIED_WAIT_MS = 60_000
@@ -23,6 +23,8 @@ class Room:
 
     slots: int
     memory_bytes: int
+    busy: set[str] = field(default_factory=set)
+    """The models of those attempts: each is loaded there, or will be."""
 
 
 def schedule(draft: Draft) -> None:
@@ -50,6 +52,7 @@ def schedule(draft: Draft) -> None:
         turns.charge(job)
         rooms[best.site].slots -= 1
         rooms[best.site].memory_bytes -= job.order.limits.memory_bytes
+        rooms[best.site].busy.add(job.order.model.repo_id)
         if not any(room.slots > 0 for room in rooms.values()):
             return
 
@@ -68,6 +71,8 @@ def verdicts_for(draft: Draft, job: JobRecord, rooms: dict[SiteId, Room] | None 
                 free_memory_bytes=room.memory_bytes,
                 tried=site.site in job.tried,
                 run_ms=run_ms,
+                busy=room.busy,
+                now_ms=draft.now_ms,
             )
         )
     return tuple(result)
@@ -76,8 +81,10 @@ def verdicts_for(draft: Draft, job: JobRecord, rooms: dict[SiteId, Room] | None 
 def room_at(draft: Draft, site: SiteRecord) -> Room:
     """Return the room at a site: never more than its advert states, less what the coordinator has given it."""
     ours = draft.active_at(site.site)
-    memory = sum(_limits_of(draft, attempt).memory_bytes for attempt in ours)
-    return Room(site.advert.slots - len(ours), site.advert.memory_bytes - memory)
+    orders = [job.order for attempt in ours if (job := draft.job(attempt.job)) is not None]
+    memory = sum(order.limits.memory_bytes for order in orders)
+    busy = {order.model.repo_id for order in orders}
+    return Room(site.advert.slots - len(ours), site.advert.memory_bytes - memory, busy)
 
 
 def lease_end(policy: Policy, now_ms: int) -> int:
@@ -143,8 +150,3 @@ def grant_message(draft: Draft, job: JobRecord, attempt: AttemptRecord) -> SendG
         expires_at_ms=draft.now_ms + policy.lease_ms,
     )
     return SendGrant(grant, job.order_envelope)
-
-
-def _limits_of(draft: Draft, attempt: AttemptRecord) -> Limits:
-    job = draft.job(attempt.job)
-    return job.order.limits if job is not None else Limits()

@@ -29,14 +29,14 @@ def load(repo_id: str, state: State, now: Now) -> Decision:
     record: list[Change] = [ModelChanged(_evicting(state.models[name], repo_id)) for name in plan.evict]
     act: list[Effect] = [EvictModel(name) for name in plan.evict]
     if model.offer.state is ModelState.EVICTING:
-        record.append(ModelChanged(replace(model, queued=True)))
+        record.append(ModelChanged(replace(model, queued=_last_place(state))))
     elif is_free(repo_id, state):
         record.append(ModelChanged(_loading(model, "starting")))
         act.append(LoadModel(repo_id))
     else:
         going = [m.offer.repo_id for m in state.models.values() if m.offer.state is ModelState.EVICTING]
         detail = f"waiting for the memory of {', '.join((*plan.evict, *going)) or 'other models'}"
-        record.append(ModelChanged(replace(_loading(model, detail), queued=True)))
+        record.append(ModelChanged(replace(_loading(model, detail), queued=_last_place(state))))
     return Decision(tuple(record), (*act, SendAdvert()))
 
 
@@ -45,7 +45,7 @@ def tend_models(state: State, now: Now) -> Decision:
     record: list[Change] = []
     act: list[Effect] = []
     seen = replace(state, models=dict(state.models))
-    for repo_id in sorted(seen.models, key=lambda name: not seen.models[name].offer.pinned):
+    for repo_id in _in_turn(seen):
         done = _tend(repo_id, seen, now)
         for change in done.record:
             assert isinstance(change, ModelChanged)
@@ -80,7 +80,7 @@ def loaded(offer: ModelOffer, state: State, now: Now) -> Decision:
     )
     until = now.monotonic_ms + policy.min_residency_ms
     model = state.models[offer.repo_id]
-    model = replace(model, offer=offer, queued=False, used_at_ms=now.monotonic_ms, stays_until_ms=until)
+    model = replace(model, offer=offer, queued=0, used_at_ms=now.monotonic_ms, stays_until_ms=until)
     record: list[Change] = [ModelChanged(model)]
     act: list[Effect] = []
     for held in waiting_for(state, offer.repo_id):
@@ -170,14 +170,27 @@ def _wait(model: Model, state: State, now: Now) -> Decision:
 
 def _start_queued(state: State) -> Iterator[tuple[Change, Effect]]:
     """Yield the start of every queued model whose memory is free, one after the other; folds them into `state`."""
-    for repo_id, model in list(state.models.items()):
+    for repo_id in _in_turn(state):
+        model = state.models[repo_id]
         if model.queued and model.offer.state is ModelState.LOADING and is_free(repo_id, state):
             state.models[repo_id] = _loading(model, "starting")
             yield ModelChanged(state.models[repo_id]), LoadModel(repo_id)
 
 
+def _last_place(state: State) -> int:
+    return 1 + max(model.queued for model in state.models.values())
+
+
+def _in_turn(state: State) -> list[str]:
+    """Who waits for memory in the order of asking, then the pinned models, then the others."""
+    models = state.models
+    return sorted(
+        models, key=lambda name: (not models[name].queued, models[name].queued, not models[name].offer.pinned)
+    )
+
+
 def _loading(model: Model, detail: str) -> Model:
-    return replace(model, queued=False, offer=replace(model.offer, state=ModelState.LOADING, detail=detail))
+    return replace(model, queued=0, offer=replace(model.offer, state=ModelState.LOADING, detail=detail))
 
 
 def _evicting(model: Model, repo_id: str) -> Model:

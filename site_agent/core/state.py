@@ -90,8 +90,8 @@ class Model:
     offer: ModelOffer
     preload: bool = True
     """It is to be loaded without being asked for, where there is room; no longer once it was evicted."""
-    queued: bool = False
-    """It is to be loaded, and its memory is promised to it, but not free yet."""
+    queued: int = 0
+    """Its place, from 1, among those whose memory is promised but not free yet; 0: it does not wait for any."""
     stays_until_ms: int = 0
     """Monotonic; not evicted before."""
     used_at_ms: int = 0
@@ -115,7 +115,7 @@ class Model:
     @property
     def promised(self) -> bool:
         """Whether its memory is taken or kept for it: a pinned model's always is."""
-        return self.queued or self.offer.pinned or self.offer.state in (ModelState.LOADED, ModelState.LOADING)
+        return bool(self.queued) or self.offer.pinned or self.offer.state in (ModelState.LOADED, ModelState.LOADING)
 
 
 @dataclass(slots=True)

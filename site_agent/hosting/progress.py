@@ -55,7 +55,11 @@ class LoadingProgress:
         if self._base >= 0 and self._weights_bytes:
             share = (resident_bytes(self._pid) - self._base) / self._weights_bytes
             percent = max(0, min(99, int(100 * share)))
-            text = f"{text}, {percent} % of {self._weights_bytes / 1e9:,.2f} GB in memory"
+            text = f"{text}, {percent} % of {_size(self._weights_bytes)} in memory"
         if text != self._said:
             self._said = text
             self._say(text)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 50_000_000 else f"{count / 1e6:,.1f} MB"

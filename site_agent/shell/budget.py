@@ -43,18 +43,18 @@ def share_memory(config: SiteConfig, entries: tuple[Entry, ...], free_bytes: int
     pinned = [offer for offer in loadable if offer.pinned]
     wanted = sum(offer.takes_bytes for offer in loadable)
     kept = sum(offer.takes_bytes for offer in pinned)
-    most = max(kept, free_bytes - config.memory_bytes if config.memory_bytes else usable // 2)
-    models = config.models_bytes or min(wanted, most)
+    most = max(kept, usable // 2, free_bytes - config.memory_bytes if config.memory_bytes else 0)
+    models = config.models_bytes or min(wanted, most, max(0, machine_bytes - config.memory_bytes))
     if kept > models:
         listed = " + ".join(f"{offer.repo_id} {_gb(offer.takes_bytes)}" for offer in pinned)
         raise ConfigError(
             f"The pinned models need {_gb(kept)} together ({listed}), but models_bytes gives {_gb(models)} to all models. "
             "Raise models_bytes, or pin fewer."
         )
-    if config.models_bytes + config.memory_bytes > machine_bytes:
+    if models + config.memory_bytes > machine_bytes or (wanted and not models):
         raise ConfigError(
-            f"models_bytes {_gb(config.models_bytes)} + memory_bytes {_gb(config.memory_bytes)} = "
-            f"{_gb(config.models_bytes + config.memory_bytes)}, but this machine has {_gb(machine_bytes)}. Lower either."
+            f"models_bytes {_gb(config.models_bytes)} + memory_bytes {_gb(config.memory_bytes)} leave no room: "
+            f"this machine has {_gb(machine_bytes)}. Lower either."
         )
     return Shares(models, config.memory_bytes or max(0, usable - models))
 

@@ -81,7 +81,7 @@ async def test_models_come_and_go_as_they_are_asked_for(site: Site) -> None:
     first = await asks(site, FIRST, traces.endless())
     await coordinator.running(first)
     details = [report.detail for report in told_of(coordinator, first) if report.status is AttemptStatus.LOADING]
-    assert any(detail.startswith("loading weights, 0 % of 0.00 GB") for detail in details), details
+    assert any(detail.startswith("loading weights, 0 % of 0.7 MB") for detail in details), details
     assert "warming up" in details[-1]
 
     assert f"{models.TINY} 0." in (text := await declined(site, SECOND))

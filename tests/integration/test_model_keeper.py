@@ -82,7 +82,10 @@ async def test_what_was_reckoned_is_what_is_loaded_and_an_evicted_model_leaves_n
         reckoned = spec.weights_bytes + HOST_BYTES
         assert 0.6 * reckoned < offer.memory_bytes < 1.1 * reckoned, (offer.memory_bytes, reckoned)
         said = [event.detail for event in heard.events if isinstance(event, ModelProgressed)]
-        assert f"loading weights, 0 % of {spec.weights_bytes / 1e9:.2f} GB in memory" in said
+        size = (
+            f"{spec.weights_bytes / 1e9:.2f} GB" if spec.weights_bytes > 10**8 else f"{spec.weights_bytes / 1e6:.1f} MB"
+        )
+        assert f"loading weights, 0 % of {size} in memory" in said
         await keeper.lend(spec.repo_id)
         keeper.evict(spec.repo_id)
         await heard.until(ModelEvicted)

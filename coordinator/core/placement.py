@@ -31,16 +31,20 @@ def judge(
     tried: bool,
     run_ms: float,
     busy: Collection[str] = (),
+    leaving: Collection[str] = (),
     now_ms: int = 0,
 ) -> SiteVerdict:
     """Return the site's verdict on the order: all its reasons, or its expected completion time in seconds.
 
-    `busy` are the models of the attempts of ours that the site may hold. A cold model costs its load time, and once more
+    `busy` are the models of the attempts of ours that the site may hold, `leaving` those that get no more. A cold model costs its load time, and once more
     in proportion to the memory that others must leave for it: somebody will have to load them again.
     """
     offer = find_offer(job, record)
     found = berth(offer, record, busy, now_ms) if offer is not None else None
     reasons = tuple(_reasons(job, record, free_slots, free_memory_bytes, found))
+    if not reasons and job.model.repo_id in leaving:
+        text = f"{job.model.repo_id} has to make room at {record.site} for a model that was asked for before."
+        reasons = (Failure("no_room", text),)
     if reasons:
         return SiteVerdict(record.site, reasons)
     assert offer is not None

@@ -7,11 +7,13 @@ does not show it yet: so a site that has room for one more model is not granted 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.core.state import SiteRecord
 from edif_mesh.domain.room import Plan, Resident, never_fits, no_room, plan_room
 from edif_mesh.domain.site import ModelOffer, ModelState
+
+_IN_USE = "in use"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,23 @@ def _settled(record: SiteRecord, busy: Collection[str], now_ms: int) -> list[Res
     return [item for item in there if item.repo_id not in leaving]
 
 
+def in_the_way(offer: ModelOffer, record: SiteRecord, busy: Collection[str], now_ms: int) -> frozenset[str]:
+    """Return the models in use that would have to go for this one, had they nothing more to do; empty when that is no help.
+
+    Were they given ever more work, a model that is not loaded would wait for ever at a site that is never idle.
+    """
+    there = [replace(i, kept="") if i.kept == _IN_USE else i for i in _settled(record, busy, now_ms)]
+    plan = plan_room(offer.takes_bytes, record.advert.models_bytes, there)
+    return frozenset(plan.evict) & frozenset(busy)
+
+
 def _kept(offer: ModelOffer, record: SiteRecord, busy: Collection[str], now_ms: int) -> str:
     if offer.pinned:
         return "pinned"
-    if offer.repo_id in busy:
-        return "in use"
-    if offer.state is ModelState.LOADING:
+    if offer.state is ModelState.LOADING or (offer.repo_id in busy and offer.state is not ModelState.LOADED):
         return "being loaded"
     # Both instants are of the site's clock; only the span since its advert is of ours.
     left_ms = offer.evictable_at_ms - record.advert.issued_at_ms - (now_ms - record.seen_at_ms)
-    return f"stays for {-(-left_ms // 1000)} s more" if left_ms > 0 else ""
+    if left_ms > 0:
+        return f"stays for {-(-left_ms // 1000)} s more"
+    return _IN_USE if offer.repo_id in busy else ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coordinator.core.decision import Draft, SendGrant
-from coordinator.core.placement import BUSY, choose, judge
+from coordinator.core.placement import BUSY, choose, find_offer, judge
 from coordinator.core.queue import Turns
+from coordinator.core.room import in_the_way
 from coordinator.core.state import AttemptRecord, JobRecord, Policy, SiteRecord
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, SiteId
@@ -25,6 +26,8 @@ class Room:
     memory_bytes: int
     busy: set[str] = field(default_factory=set)
     """The models of those attempts: each is loaded there, or will be."""
+    leaving: set[str] = field(default_factory=set)
+    """Models that get no more work in this pass: who comes before waits for their memory."""
 
 
 def schedule(draft: Draft) -> None:
@@ -44,6 +47,7 @@ def schedule(draft: Draft) -> None:
         best = choose(job, verdicts)
         if best is None:
             refused.add(shape)
+            _ask_to_leave(draft, job, verdicts, rooms)
             continue
         if best.site in job.tried and _better_waits(draft, job, verdicts):
             continue
@@ -72,6 +76,7 @@ def verdicts_for(draft: Draft, job: JobRecord, rooms: dict[SiteId, Room] | None 
                 tried=site.site in job.tried,
                 run_ms=run_ms,
                 busy=room.busy,
+                leaving=room.leaving,
                 now_ms=draft.now_ms,
             )
         )
@@ -90,6 +95,19 @@ def room_at(draft: Draft, site: SiteRecord) -> Room:
 def lease_end(policy: Policy, now_ms: int) -> int:
     """Return when a lease that is granted or renewed now has lapsed for certain."""
     return now_ms + policy.lease_ms + policy.margin_ms
+
+
+def _ask_to_leave(draft: Draft, job: JobRecord, verdicts: tuple[SiteVerdict, ...], rooms: dict[SiteId, Room]) -> None:
+    """Where only memory for the job's model is missing, what is in its way gets no more work, at one site."""
+    for verdict in verdicts:
+        site = draft.site(verdict.site)
+        offer = find_offer(job.order, site) if site is not None else None
+        if site is None or offer is None or {reason.code for reason in verdict.reasons} != {"no_room"}:
+            continue
+        room = rooms[verdict.site]
+        if leaving := in_the_way(offer, site, room.busy, draft.now_ms):
+            room.leaving |= leaving
+            return
 
 
 def _better_waits(draft: Draft, job: JobRecord, verdicts: tuple[SiteVerdict, ...]) -> bool:

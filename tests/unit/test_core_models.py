@@ -123,3 +123,33 @@ def test_using_a_model_does_not_make_an_advert_worth_writing_down() -> None:
     for fields, durable in (({"used_at_ms": T0 + 1}, False), ({"evictable_at_ms": T0 + 1}, True)):
         decision = desk.advert(A, models=(a_model("m/a", LOADED, **fields),))  # type: ignore[arg-type]
         assert [change.durable for change in decision.record if hasattr(change, "durable")] == [durable]
+
+
+def test_a_model_in_steady_use_makes_room_for_one_that_was_asked_for_before() -> None:
+    desk = a_desk(a_model("m/a", LOADED), a_model("m/b"), budget=GB)
+    running = desk.orders(1, model=ModelRef("m/a"))
+    desk.accepts(running)
+    waiting, later = desk.orders(2, model=ModelRef("m/b")), desk.orders(3, model=ModelRef("m/a"))
+    assert desk.job(later).status is JobStatus.QUEUED
+    desk.reports(running, AttemptStatus.RUNNING)
+    desk.reports(running, AttemptStatus.SUCCEEDED)
+    assert desk.job(waiting).status is JobStatus.PLACED
+    assert desk.job(later).status is JobStatus.QUEUED
+
+
+def test_a_model_in_steady_use_goes_on_while_it_may_not_be_evicted_anyhow() -> None:
+    desk = a_desk(a_model("m/a", LOADED, evictable_at_ms=T0 + 10**6), a_model("m/b"), budget=GB)
+    desk.accepts(desk.orders(1, model=ModelRef("m/a")))
+    desk.orders(2, model=ModelRef("m/b"))
+    assert desk.job(desk.orders(3, model=ModelRef("m/a"))).status is JobStatus.PLACED
+
+
+def test_only_one_site_is_cleared_for_a_waiting_model() -> None:
+    desk = Desk()
+    for site in (A, B):
+        desk.advert(site, models=(a_model("m/a", LOADED), a_model("m/b")), models_bytes=GB)
+    for number in (1, 2):
+        desk.accepts(desk.orders(number, model=ModelRef("m/a")))
+    desk.orders(3, model=ModelRef("m/b"))
+    assert desk.job(desk.orders(4, model=ModelRef("m/a"))).status is JobStatus.PLACED
+    assert desk.job(desk.orders(5, model=ModelRef("m/a"))).status is JobStatus.QUEUED

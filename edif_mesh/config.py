@@ -91,8 +91,16 @@ class ModelConfig:
     path: Path | None = None
     """A local folder with config.json and weights; `repo_id` is then only the name it is offered under."""
     task: str = "text-generation"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """With a `quantization`: what the model computes in."""
+    quantization: Literal["", "nf4", "fp4", "int8", "fp8"] = ""
+    """How the weights are held, by nnsight's names; empty: as they are stored, in `dtype`."""
+    attn_implementation: Literal["", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = ""
+    """Empty: what transformers chooses for the model. A request may ask for another one and gets it for itself."""
     preload: bool = True
+    """Loaded at start as far as there is room; later it may be evicted."""
+    pinned: bool = False
+    """Loaded at start and never evicted; its memory is kept for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +125,12 @@ class SiteConfig:
     threads: int = 1
     """CPU threads of one runner; keep slots x threads within the cores."""
     memory_bytes: int = 0
-    """For runners, beyond the weights; 0 means 80 % of what is free at start."""
+    """For runners, beyond the models; 0 means 80 % of what is free at start, less `models_bytes`."""
+    models_bytes: int = 0
+    """For loaded models together: their weights, and 0.47 GB for the process of each. 0 means what all of them need; at most
+    half of 80 % of what is free at start, or what `memory_bytes` leaves of it where that is more."""
+    min_residency_s: int = 600
+    """A model that was loaded stays for so long before another one may take its place."""
     hf_cache: Path | None = None
     """The Hugging Face cache; None means where HF_HUB_CACHE or HF_HOME point."""
     limits: Limits = field(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -66,18 +65,6 @@ def resolve_model(
         at = f" at revision {revision}" if revision else ""
         raise NotFoundError(f"The model {repo_id}{at} is not on this machine ({base.parent}). Type: {hint}")
     return ResolvedModel(repo_id, commit, folder, tuple(sorted(name for name, c in refs.items() if c == commit)))
-
-
-def weights_bytes(folder: Path) -> int:
-    """Return the bytes of the weights from the safetensors headers, without reading the weights; 0 when unknown."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(min(length, 100 << 20)))
-        ends = [info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"]
-        total += max(ends, default=0)
-    return total or sum(f.stat().st_size for f in folder.glob("*.bin"))
 
 
 def folder_digest(folder: Path) -> str:

@@ -24,6 +24,7 @@ from edif_mesh.wire.messages import Role
 from site_agent.journal import Journal
 from site_agent.runner.confine import harden_parent
 from site_agent.shell.agent import SiteAgent
+from site_agent.shell.budget import offered
 from site_agent.shell.bulk import Cargo
 from site_agent.shell.check import checks
 
@@ -77,6 +78,7 @@ def _loop_runner() -> object:
 async def _run(config: SiteConfig) -> int:
     harden_parent()  # keys live here: nobody may look into this process
     key, trust = identity_of(config)
+    offered(config)  # impossible settings are said now, not when the broker answers
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     journal = Journal(config.state_dir / "journal.db")
     stop = asyncio.Event()

@@ -53,6 +53,14 @@ def free_memory_bytes() -> int:
     return available
 
 
+def memory_bytes() -> int:
+    """Return how much memory this machine has, or lets this process's control group have where that is less."""
+    total = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
 def versions() -> Versions:
     """Return the versions that decide whether a payload can be opened here; empty where a package is missing."""
     return Versions(

@@ -28,6 +28,11 @@ def tiny_gpt2() -> str:
     return _once(TINY, lambda folder: _gpt2(folder, layers=2, width=64, heads=4, vocabulary=512, seed=1))
 
 
+def another_tiny(name: str) -> str:
+    """One more model of the tiny one's shape under an id of its own, `edif-test/NAME`; returns its hub id."""
+    return _once(f"edif-test/{name}", lambda folder: _gpt2(folder, layers=2, width=64, heads=4, vocabulary=512, seed=4))
+
+
 def deep_gpt2() -> str:
     """A random GPT-2 of 48 small layers; returns its hub id."""
     return _once(DEEP, lambda folder: _gpt2(folder, layers=48, width=64, heads=4, vocabulary=512, seed=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.core.decision import Decision
+from coordinator.core.room import memory_in_use
 from coordinator.core.state import (
     AttemptChanged,
     AttemptKey,
@@ -13,12 +14,14 @@ from coordinator.core.state import (
     JobChanged,
     JobRecord,
     MeshState,
+    SiteChanged,
+    SiteRecord,
     TermChanged,
 )
 from edif_mesh.domain.attempt import ATTEMPT_TRANSITIONS
-from edif_mesh.domain.ids import AttemptNumber, JobId
+from edif_mesh.domain.ids import AttemptNumber, JobId, SiteId
 from edif_mesh.domain.job import JOB_TRANSITIONS, JobStatus
-from edif_mesh.domain.site import confines
+from edif_mesh.domain.site import ModelState, confines
 
 
 def broken_by(decision: Decision, before: MeshState) -> list[str]:
@@ -28,6 +31,11 @@ def broken_by(decision: Decision, before: MeshState) -> list[str]:
     found = [text for job in jobs.values() for text in _job(job, before)]
     found += [text for attempt in attempts.values() for text in _attempt(attempt, before, attempts, jobs)]
     found += list(_room(before, attempts))
+    found += list(
+        _models(
+            before, attempts, jobs, {c.record.site: c.record for c in decision.record if isinstance(c, SiteChanged)}
+        )
+    )
     found += [text for attempt in attempts.values() for text in _sandbox(attempt, before, jobs)]
     moved = sum(_moved_job(job, before) for job in jobs.values())
     moved += sum(_moved_attempt(attempt, before) for attempt in attempts.values())
@@ -93,6 +101,27 @@ def _room(before: MeshState, attempts: dict[AttemptKey, AttemptRecord]) -> Itera
         slots = record.advert.slots if record is not None else None
         if slots is not None and len(active) > slots and any(k not in before.attempts for k in active):
             yield f"{site} has {slots} slots and {len(active)} attempts"
+
+
+def _models(
+    before: MeshState,
+    attempts: dict[AttemptKey, AttemptRecord],
+    jobs: dict[JobId, JobRecord],
+    sites: dict[SiteId, SiteRecord],
+) -> Iterator[str]:
+    """No attempt is made for a model that is not loaded while the models in use leave no room for it."""
+    for key, attempt in attempts.items():
+        record = sites.get(attempt.site) or before.sites.get(attempt.site)
+        job = jobs.get(attempt.job) or before.jobs.get(attempt.job)
+        if key in before.attempts or record is None or job is None or not record.advert.models_bytes:
+            continue
+        loaded = {offer.repo_id for offer in record.advert.models if offer.state is ModelState.LOADED}
+        others = {k: attempts.get(k, before.attempts[k]) for k in before.active_at.get(attempt.site, ())}
+        others |= {k: a for k, a in attempts.items() if a.site == attempt.site}
+        held = {(jobs.get(a.job) or before.jobs[a.job]).order.model.repo_id for a in others.values() if a.active}
+        used = memory_in_use(record, held)
+        if job.order.model.repo_id not in loaded and used > record.advert.models_bytes:
+            yield f"{attempt.site} gives {record.advert.models_bytes} bytes to models, and those in use need {used}"
 
 
 def _sandbox(attempt: AttemptRecord, before: MeshState, jobs: dict[JobId, JobRecord]) -> Iterator[str]:

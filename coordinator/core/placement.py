@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from coordinator.core.room import Berth, berth
 from coordinator.core.state import JobRecord, SiteRecord
 from edif_mesh.domain.job import Failure
 from edif_mesh.domain.site import ModelOffer, ModelState, SiteStatus, confines
@@ -13,8 +14,8 @@ from edif_mesh.wire.messages import Order, SiteVerdict
 PERMANENT = frozenset({"audience", "model", "revision", "dtype", "task", "versions", "limits", "too_large", "sandbox"})
 """Reasons that waiting does not change: an order that every site refuses for one of them is refused at once."""
 
-BUSY = frozenset({"no_slot", "no_memory"})
-"""Reasons that pass when a running attempt ends."""
+BUSY = frozenset({"no_slot", "no_memory", "no_room"})
+"""Reasons that pass by themselves: when a running attempt ends, or a model has been loaded for long enough."""
 
 ASSUMED_RUN_S = 2.0
 TROUBLE_S = 10.0
@@ -22,16 +23,36 @@ TROUBLE_S = 10.0
 
 
 def judge(
-    job: Order, record: SiteRecord, *, free_slots: int, free_memory_bytes: int, tried: bool, run_ms: float
+    job: Order,
+    record: SiteRecord,
+    *,
+    free_slots: int,
+    free_memory_bytes: int,
+    tried: bool,
+    run_ms: float,
+    busy: Collection[str] = (),
+    leaving: Collection[str] = (),
+    now_ms: int = 0,
 ) -> SiteVerdict:
-    """Return the site's verdict on the order: all its reasons, or its expected completion time in seconds."""
-    reasons = tuple(_reasons(job, record, free_slots, free_memory_bytes))
+    """Return the site's verdict on the order: all its reasons, or its expected completion time in seconds.
+
+    `busy` are the models of the attempts of ours that the site may hold, `leaving` those that get no more. A cold model costs its load time, and once more
+    in proportion to the memory that others must leave for it: somebody will have to load them again.
+    """
+    offer = find_offer(job, record)
+    found = berth(offer, record, busy, now_ms) if offer is not None else None
+    reasons = tuple(_reasons(job, record, free_slots, free_memory_bytes, found))
+    if not reasons and job.model.repo_id in leaving:
+        text = f"{job.model.repo_id} has to make room at {record.site} for a model that was asked for before."
+        reasons = (Failure("no_room", text),)
     if reasons:
         return SiteVerdict(record.site, reasons)
-    offer = find_offer(job, record)
     assert offer is not None
+    assert found is not None
+    load_s = 0.0 if found.warm else max(offer.load_ms, 1000) / 1000
     terms = {
-        "load": 0.0 if offer.state is ModelState.LOADED else max(offer.load_ms, 1000) / 1000,
+        "load": load_s,
+        "evict": load_s * found.plan.evicted_bytes / max(record.advert.models_bytes, 1),
         "run": (run_ms or ASSUMED_RUN_S * 1000) / 1000,
         "crowding": 0.5 * (1 - free_slots / max(record.advert.slots, 1)),
         "risk": TROUBLE_S * min(record.trouble, 10),
@@ -72,7 +93,9 @@ def _offer_fits(order: Order, offer: ModelOffer) -> bool:
     )
 
 
-def _reasons(order: Order, record: SiteRecord, free_slots: int, free_memory_bytes: int) -> Iterable[Failure]:
+def _reasons(
+    order: Order, record: SiteRecord, free_slots: int, free_memory_bytes: int, found: Berth | None
+) -> Iterable[Failure]:
     advert, site = record.advert, record.site
     if order.audience.sites and site not in order.audience.sites:
         yield Failure("audience", f"Your order names other sites ({', '.join(order.audience.sites)}).")
@@ -81,7 +104,7 @@ def _reasons(order: Order, record: SiteRecord, free_slots: int, free_memory_byte
             "audience",
             f"{site} is in {advert.country or 'no stated country'}; your order allows {', '.join(order.audience.countries)}.",
         )
-    yield from _model_reasons(order, record)
+    yield from _model_reasons(order, record, found)
     most = advert.limits
     asked = order.limits
     for name, want, have in (
@@ -118,7 +141,7 @@ def _reasons(order: Order, record: SiteRecord, free_slots: int, free_memory_byte
         )
 
 
-def _model_reasons(order: Order, record: SiteRecord) -> Iterable[Failure]:
+def _model_reasons(order: Order, record: SiteRecord, found: Berth | None) -> Iterable[Failure]:
     advert, site, model = record.advert, record.site, order.model
     same = [offer for offer in advert.models if offer.repo_id == model.repo_id]
     if not same:
@@ -130,13 +153,13 @@ def _model_reasons(order: Order, record: SiteRecord) -> Iterable[Failure]:
         code = "revision" if model.revision is not None else "dtype" if model.dtype is not None else "task"
         yield Failure(code, f"{site} offers {model.repo_id} only as {have}.")
         return
-    if offer.state is ModelState.FAILED:
+    assert found is not None
+    if found.never:
+        yield Failure("too_large", found.never)
+    elif offer.state is ModelState.FAILED:
         yield Failure("load_failed", f"{site} could not load {model.repo_id}: {offer.detail or 'no reason given'}")
-    if offer.state is ModelState.LOADABLE and offer.weights_bytes > advert.memory_bytes:
-        yield Failure(
-            "too_large",
-            f"{model.repo_id} needs {offer.weights_bytes / 1e9:,.2f} GB; {site} has {advert.memory_bytes / 1e9:,.2f} GB.",
-        )
+    elif found.not_now:
+        yield Failure("no_room", found.not_now)
     mine, theirs = _series(order.client.nnsight), _series(advert.versions.nnsight)
     if mine and theirs and mine != theirs:
         yield Failure("versions", f"{site} runs nnsight {advert.versions.nnsight}; you have {order.client.nnsight}.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.core.decision import Draft, SendGrant
-from coordinator.core.placement import BUSY, choose, judge
+from coordinator.core.placement import BUSY, choose, find_offer, judge
 from coordinator.core.queue import Turns
+from coordinator.core.room import in_the_way
 from coordinator.core.state import AttemptRecord, JobRecord, Policy, SiteRecord
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, SiteId
-from edif_mesh.domain.job import Failure, JobStatus, Limits
+from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.wire.messages import Grant, SiteVerdict
 
 UNTRIED_WAIT_MS = 60_000
@@ -23,6 +24,10 @@ class Room:
 
     slots: int
     memory_bytes: int
+    busy: set[str] = field(default_factory=set)
+    """The models of those attempts: each is loaded there, or will be."""
+    leaving: set[str] = field(default_factory=set)
+    """Models that get no more work in this pass: who comes before waits for their memory."""
 
 
 def schedule(draft: Draft) -> None:
@@ -42,6 +47,7 @@ def schedule(draft: Draft) -> None:
         best = choose(job, verdicts)
         if best is None:
             refused.add(shape)
+            _ask_to_leave(draft, job, verdicts, rooms)
             continue
         if best.site in job.tried and _better_waits(draft, job, verdicts):
             continue
@@ -50,6 +56,7 @@ def schedule(draft: Draft) -> None:
         turns.charge(job)
         rooms[best.site].slots -= 1
         rooms[best.site].memory_bytes -= job.order.limits.memory_bytes
+        rooms[best.site].busy.add(job.order.model.repo_id)
         if not any(room.slots > 0 for room in rooms.values()):
             return
 
@@ -68,6 +75,9 @@ def verdicts_for(draft: Draft, job: JobRecord, rooms: dict[SiteId, Room] | None 
                 free_memory_bytes=room.memory_bytes,
                 tried=site.site in job.tried,
                 run_ms=run_ms,
+                busy=room.busy,
+                leaving=room.leaving,
+                now_ms=draft.now_ms,
             )
         )
     return tuple(result)
@@ -76,13 +86,28 @@ def verdicts_for(draft: Draft, job: JobRecord, rooms: dict[SiteId, Room] | None 
 def room_at(draft: Draft, site: SiteRecord) -> Room:
     """Return the room at a site: never more than its advert states, less what the coordinator has given it."""
     ours = draft.active_at(site.site)
-    memory = sum(_limits_of(draft, attempt).memory_bytes for attempt in ours)
-    return Room(site.advert.slots - len(ours), site.advert.memory_bytes - memory)
+    orders = [job.order for attempt in ours if (job := draft.job(attempt.job)) is not None]
+    memory = sum(order.limits.memory_bytes for order in orders)
+    busy = {order.model.repo_id for order in orders}
+    return Room(site.advert.slots - len(ours), site.advert.memory_bytes - memory, busy)
 
 
 def lease_end(policy: Policy, now_ms: int) -> int:
     """Return when a lease that is granted or renewed now has lapsed for certain."""
     return now_ms + policy.lease_ms + policy.margin_ms
+
+
+def _ask_to_leave(draft: Draft, job: JobRecord, verdicts: tuple[SiteVerdict, ...], rooms: dict[SiteId, Room]) -> None:
+    """Where only memory for the job's model is missing, what is in its way gets no more work, at one site."""
+    for verdict in verdicts:
+        site = draft.site(verdict.site)
+        offer = find_offer(job.order, site) if site is not None else None
+        if site is None or offer is None or {reason.code for reason in verdict.reasons} != {"no_room"}:
+            continue
+        room = rooms[verdict.site]
+        if leaving := in_the_way(offer, site, room.busy, draft.now_ms):
+            room.leaving |= leaving
+            return
 
 
 def _better_waits(draft: Draft, job: JobRecord, verdicts: tuple[SiteVerdict, ...]) -> bool:
@@ -143,8 +168,3 @@ def grant_message(draft: Draft, job: JobRecord, attempt: AttemptRecord) -> SendG
         expires_at_ms=draft.now_ms + policy.lease_ms,
     )
     return SendGrant(grant, job.order_envelope)
-
-
-def _limits_of(draft: Draft, attempt: AttemptRecord) -> Limits:
-    job = draft.job(attempt.job)
-    return job.order.limits if job is not None else Limits()

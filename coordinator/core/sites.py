@@ -125,6 +125,13 @@ def _lose_all(draft: Draft, site: SiteId, code: str, why: str) -> None:
 
 def _differs(old: Advert, new: Advert) -> bool:
     """Whether an advert says something that a restarted coordinator should still know."""
-    return (old.models, old.slots, old.status, old.limits, old.country, old.sandbox, old.versions) != (
-        new.models, new.slots, new.status, new.limits, new.country, new.sandbox, new.versions,
+    return _lasting(old) != _lasting(new)
+
+
+def _lasting(advert: Advert) -> tuple[object, ...]:
+    """What an advert says, less what changes with every attempt: writing that down would cost more than it is worth."""
+    models = tuple(replace(offer, used_at_ms=0) for offer in advert.models)
+    return (
+        models, advert.slots, advert.status, advert.limits, advert.country, advert.sandbox, advert.versions,
+        advert.models_bytes,
     )  # fmt: skip

@@ -95,6 +95,9 @@ def mesh_view(draft: Draft) -> MeshView:
             attempts=s.advert.attempts,
             sandbox=s.advert.sandbox,
             note=s.advert.note,
+            models_bytes=s.advert.models_bytes,
+            free_models_bytes=s.advert.free_models_bytes,
+            evictable_bytes=s.advert.evictable_bytes,
         )
         for s in sorted(draft.sites(), key=lambda s: s.site)
     )

@@ -8,7 +8,7 @@ from edif_mesh.cli.exit_codes import OK
 from edif_mesh.cli.render import ago, as_json, gigabytes, say, table
 from edif_mesh.client.mesh import Mesh
 from edif_mesh.domain.site import Device
-from edif_mesh.wire.messages import MeshView
+from edif_mesh.wire.messages import MeshView, SiteView
 
 
 def show_status(*, json: bool) -> int:
@@ -44,7 +44,18 @@ def show_sites(*, json: bool) -> int:
         as_json(view.sites)
         return OK
     table(
-        ("SITE", "STATE", "COUNTRY", "DEVICES", "SLOTS FREE", "MEMORY FREE", "SANDBOX", "NNSIGHT", "SEEN"),
+        (
+            "SITE",
+            "STATE",
+            "COUNTRY",
+            "DEVICES",
+            "SLOTS FREE",
+            "FOR RUNNERS",
+            "FOR MODELS",
+            "SANDBOX",
+            "NNSIGHT",
+            "SEEN",
+        ),
         [
             (
                 s.site,
@@ -52,7 +63,8 @@ def show_sites(*, json: bool) -> int:
                 s.country or "-",
                 ", ".join(f"{_device(d)} {gigabytes(d.memory_bytes)}" for d in s.devices) or "-",
                 f"{s.free_slots} of {s.slots}",
-                f"{gigabytes(s.free_memory_bytes)} of {gigabytes(s.memory_bytes)}",
+                f"{gigabytes(s.free_memory_bytes)} free of {gigabytes(s.memory_bytes)}",
+                _for_models(s),
                 s.sandbox.partition(":")[0] or "none",
                 s.versions.nnsight or "-",
                 ago(s.seen_at_ms),
@@ -72,14 +84,48 @@ def show_models(*, json: bool) -> int:
         as_json([{"site": site.site, "model": offer} for offer, site in offers])
         return OK
     table(
-        ("MODEL", "REVISION", "TASK", "DTYPE", "WEIGHTS", "SITE", "STATE"),
+        (
+            "MODEL",
+            "REVISION",
+            "TASK",
+            "DTYPE",
+            "QUANTIZED",
+            "ATTENTION",
+            "WEIGHTS",
+            "SITE",
+            "STATE",
+            "PINNED",
+            "USED",
+            "WHAT",
+        ),
         [
-            (o.repo_id, o.revision[:12], o.task, o.dtype, gigabytes(o.weights_bytes), s.site, o.state.value)
+            (
+                o.repo_id,
+                o.revision[:12],
+                o.task,
+                o.dtype,
+                o.quantization or "-",
+                o.attn_implementation or "-",
+                gigabytes(o.weights_bytes),
+                s.site,
+                o.state.value,
+                "yes" if o.pinned else "-",
+                ago(o.used_at_ms),
+                o.detail or "-",
+            )
             for o, s in sorted(offers, key=lambda pair: (pair[0].repo_id, pair[1].site))
         ],
         empty="No site offers a model yet.",
     )
     return OK
+
+
+def _for_models(site: SiteView) -> str:
+    """How much of what the site gives to models is free, and how much could be."""
+    if not site.models_bytes:
+        return "-"
+    could_go = f", {gigabytes(site.evictable_bytes)} could go" if site.evictable_bytes else ""
+    return f"{gigabytes(site.free_models_bytes)} free{could_go}, of {gigabytes(site.models_bytes)}"
 
 
 def _device(device: Device) -> str:

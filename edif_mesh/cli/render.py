@@ -22,7 +22,7 @@ err = Console(stderr=True, highlight=False)
 _COLOURS = {
     "SUCCEEDED": "green", "RUNNING": "cyan", "PLACED": "cyan", "QUEUED": "yellow", "FAILED": "red", "QUARANTINED": "red",
     "LOST": "red", "CANCELLED": "magenta", "EXPIRED": "magenta", "ACTIVE": "green", "SUSPECT": "yellow", "CORDONED": "yellow",
-    "DRAINING": "yellow", "LOADED": "green", "LOADING": "cyan", "LOADABLE": "white",
+    "DRAINING": "yellow", "LOADED": "green", "LOADING": "cyan", "EVICTING": "magenta", "LOADABLE": "white",
 }  # fmt: skip
 
 

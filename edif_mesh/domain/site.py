@@ -44,6 +44,9 @@ class ModelState(StrEnum):
 
     LOADED = "LOADED"
     LOADING = "LOADING"
+    """Also while the memory that it needs is still being freed."""
+    EVICTING = "EVICTING"
+    """Being unloaded; its memory is not free yet."""
     LOADABLE = "LOADABLE"
     FAILED = "FAILED"
 
@@ -70,6 +73,7 @@ class ModelOffer:
     dtype: str
     state: ModelState
     weights_bytes: int
+    """Of its tensors: estimated from the checkpoint, measured once it was loaded here."""
     load_ms: int
     """The last measured load time, or an estimate before the first."""
     attn_implementation: str = ""
@@ -77,6 +81,21 @@ class ModelOffer:
     """Why FAILED, or how far LOADING is."""
     aliases: tuple[str, ...] = ()
     """Branches or tags that resolve to `revision` here."""
+    quantization: str = ""
+    """How the weights are held where that is no dtype: `nf4`, `fp4`, `int8`, `fp8`, or what the checkpoint itself says."""
+    memory_bytes: int = 0
+    """What it takes of the site's `models_bytes`: the weights and the process that holds them; 0: the weights."""
+    pinned: bool = False
+    """It is never evicted."""
+    evictable_at_ms: int = 0
+    """It stays loaded at least until this instant of the site's clock."""
+    used_at_ms: int = 0
+    """When an attempt last used it; 0: not since the agent started."""
+
+    @property
+    def takes_bytes(self) -> int:
+        """What it takes of the memory that the site gives to models."""
+        return self.memory_bytes or self.weights_bytes
 
 
 @dataclass(frozen=True, slots=True)

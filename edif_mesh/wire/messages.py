@@ -242,7 +242,7 @@ class Advert:
     slots: int
     free_slots: int
     memory_bytes: int
-    """For runners, beyond the loaded weights."""
+    """For runners, beyond the loaded models."""
     free_memory_bytes: int
     devices: tuple[Device, ...]
     models: tuple[ModelOffer, ...]
@@ -253,6 +253,12 @@ class Advert:
     sandbox: str = ""
     """The confinement profile that passed its self-test; empty means that the site runs nothing."""
     note: str = ""
+    models_bytes: int = 0
+    """For loaded models together, each as its `memory_bytes`; 0: not stated, so no bound."""
+    free_models_bytes: int = 0
+    """Of `models_bytes`: neither taken by a model nor promised to one."""
+    evictable_bytes: int = 0
+    """Of `models_bytes`: taken by models that could be evicted now."""
     kind: Literal["advert"] = "advert"
 
 
@@ -395,6 +401,9 @@ class SiteView:
     attempts: tuple[AttemptRef, ...]
     sandbox: str = ""
     note: str = ""
+    models_bytes: int = 0
+    free_models_bytes: int = 0
+    evictable_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

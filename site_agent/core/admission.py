@@ -15,6 +15,7 @@ from edif_mesh.domain.job import Failure
 from edif_mesh.domain.site import ModelState, SiteStatus, confines
 from edif_mesh.wire.messages import Grant, Order, Role
 from site_agent.core.events import GrantReceived, Signer
+from site_agent.core.residence import plan_for, why_no_room
 from site_agent.core.state import Now, State
 
 SKEW_MS = 60_000
@@ -65,6 +66,7 @@ def _reasons(event: GrantReceived, state: State, now: Now) -> Iterator[Failure |
     yield _limits(order, state)
     yield _model(order, state)
     yield _capacity(order, state)
+    yield _room(order, state, now)
 
 
 def _bound(event: GrantReceived) -> Failure | None:
@@ -179,3 +181,13 @@ def _capacity(order: Order, state: State) -> Failure | None:
             f"The order needs {order.limits.memory_bytes} bytes beside the model; {state.free_memory_bytes} are free.",
         )
     return None
+
+
+def _room(order: Order, state: State, now: Now) -> Failure | None:
+    """The model is loaded, or on its way, or there is room for it."""
+    model = state.models[order.model.repo_id]
+    if model.loaded or model.queued or model.offer.state is ModelState.LOADING:
+        return None
+    if plan_for(order.model.repo_id, state, now).fits:
+        return None
+    return Failure("no_room", why_no_room(order.model.repo_id, state, now))

@@ -8,7 +8,7 @@ from typing import assert_never
 from edif_mesh.domain.ids import Epoch
 from edif_mesh.domain.site import SiteStatus
 from edif_mesh.wire.messages import Report
-from site_agent.core.state import AttemptKey, Held, Model, Pair, State
+from site_agent.core.state import AttemptKey, Held, Model, Now, Pair, State
 
 # ------------------------------------------------------------------------------------------------- durable
 
@@ -100,6 +100,14 @@ class ModelChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelUsed:
+    """An attempt has used the model until now."""
+
+    repo_id: str
+    at: Now
+
+
+@dataclass(frozen=True, slots=True)
 class AdvertNumbered:
     """The next advert has this number."""
 
@@ -120,7 +128,7 @@ class StatusChanged:
     status: SiteStatus
 
 
-Volatile = HeldChanged | Reported | ModelChanged | AdvertNumbered | AdvertAnswered | StatusChanged
+Volatile = HeldChanged | Reported | ModelChanged | ModelUsed | AdvertNumbered | AdvertAnswered | StatusChanged
 Change = Durable | Volatile
 
 
@@ -147,6 +155,8 @@ def evolve(state: State, change: Change) -> None:
             pass
         case ModelChanged(model):
             state.models[model.offer.repo_id] = model
+        case ModelUsed(repo_id, at):
+            _use(state, repo_id, at)
         case AdvertNumbered(sequence):
             state.advert_sequence = sequence
         case AdvertAnswered(sequence):
@@ -164,3 +174,9 @@ def _report(state: State, report: Report) -> None:
         state.held.pop(key, None)
     elif key in state.held:
         state.held[key] = replace(state.held[key], status=report.status, sequence=report.sequence)
+
+
+def _use(state: State, repo_id: str, at: Now) -> None:
+    if (model := state.models.get(repo_id)) is not None:
+        offer = replace(model.offer, used_at_ms=at.wall_ms)
+        state.models[repo_id] = replace(model, offer=offer, used_at_ms=at.monotonic_ms)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
-from edif_mesh.domain.attempt import AttemptStatus, Blame, Receipt
-from edif_mesh.domain.ids import AttemptNumber, Digest, Epoch, JobId
+from edif_mesh.domain.attempt import AttemptStatus, Blame
+from edif_mesh.domain.ids import Digest, Epoch
 from edif_mesh.domain.job import Failure
 from edif_mesh.domain.site import ModelState, SiteStatus
 from edif_mesh.wire.messages import Grant, LeaseRenewed, Report, ReportReceived, StopAttempt
 from site_agent.core import events as ev
+from site_agent.core import models
 from site_agent.core.admission import MAX_WINDOW_MS, SKEW_MS, decline, refuse_bundle, refuse_replay
+from site_agent.core.attempts import bare_report, computed, end, payload_refused, progress, report_of, stopped
 from site_agent.core.changes import (
     AdvertAnswered,
     AdvertNumbered,
@@ -23,71 +25,18 @@ from site_agent.core.changes import (
     Change,
     EpochRaised,
     HeldChanged,
-    ModelChanged,
+    ModelUsed,
     OldForgotten,
     PairSeen,
     Reported,
     ReportSettled,
     StatusChanged,
 )
-from site_agent.core.state import AttemptKey, Ending, Held, Model, Now, State
+from site_agent.core.effects import Decision, DropResult, Effect, SendAdvert, SendReport, StartAttempt
+from site_agent.core.state import AttemptKey, Held, Now, State
 
 RESTART_GAP = 1_000
 """How far the sequence jumps at a restart: reports of progress are not journaled, and must not be newer."""
-MAX_BACKOFF_MS = 60_000
-
-
-@dataclass(frozen=True, slots=True)
-class StartAttempt:
-    """Run it: fetch the payload, lend a runner of the loaded model."""
-
-    held: Held
-
-
-@dataclass(frozen=True, slots=True)
-class KillAttempt:
-    """End its runner, now; its last report is already on the way."""
-
-    key: AttemptKey
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendReport:
-    """Send it until it is acknowledged."""
-
-    report: Report
-
-
-@dataclass(frozen=True, slots=True)
-class LoadModel:
-    """Start a host."""
-
-    repo_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendAdvert:
-    """Tell the coordinator at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class DropResult:
-    """The coordinator has this attempt's last report: what is kept of its result here may go."""
-
-    key: AttemptKey
-
-
-Effect = StartAttempt | KillAttempt | SendReport | LoadModel | SendAdvert | DropResult
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Record first, then act. `refusal` is the answer to whoever asked; None means `Received`."""
-
-    record: tuple[Change, ...] = ()
-    act: tuple[Effect, ...] = ()
-    refusal: Failure | None = None
 
 
 def decide(event: ev.Event, state: State, now: Now) -> Decision:
@@ -102,25 +51,27 @@ def decide(event: ev.Event, state: State, now: Now) -> Decision:
         case ev.LeaseAnswered(renewal, sent_monotonic_ms):
             return _renew(renewal, sent_monotonic_ms, state, now)
         case ev.AttemptStarted(key):
-            return _progress(state, key, AttemptStatus.RUNNING, now)
+            return progress(state, key, AttemptStatus.RUNNING, now)
         case ev.AttemptComputed(key):
-            return _computed(state, key)
+            return computed(state, key, now)
         case ev.AttemptSucceeded(key, manifest, receipt):
-            return _end(state, key, AttemptStatus.SUCCEEDED, now, manifest=manifest, receipt=receipt)
+            return end(state, key, AttemptStatus.SUCCEEDED, now, manifest=manifest, receipt=receipt)
         case ev.AttemptFailed(key, failure, blame, receipt):
-            return _end(state, key, AttemptStatus.FAILED, now, failure=failure, blame=blame, receipt=receipt)
+            return end(state, key, AttemptStatus.FAILED, now, failure=failure, blame=blame, receipt=receipt)
         case ev.AttemptStopped(key, receipt):
-            return _stopped(state, key, receipt, now)
+            return stopped(state, key, receipt, now)
         case ev.PayloadRefused(key, failure):
-            return _payload_refused(state, key, failure, now)
+            return payload_refused(state, key, failure, now)
         case ev.ModelProgressed(repo_id, detail):
-            return _model_progressed(state, repo_id, detail, now)
-        case ev.ModelLoaded():
-            return _model_loaded(event, state, now)
+            return models.progressed(state, repo_id, detail, now)
+        case ev.ModelLoaded(offer):
+            return models.loaded(offer, state, now)
         case ev.ModelFailed(repo_id, text):
-            return _model_failed(state, repo_id, text, now)
+            return models.failed(state, repo_id, text, now)
+        case ev.ModelEvicted(repo_id):
+            return models.evicted(state, repo_id)
         case ev.HostLost(repo_id, text):
-            return _host_lost(state, repo_id, text, now)
+            return models.host_lost(state, repo_id, text, now)
         case ev.ReportAcknowledged(received):
             return _acknowledged(state, received)
         case ev.AdvertDue():
@@ -207,14 +158,16 @@ def _accepted(event: ev.GrantReceived, state: State, now: Now) -> Decision:
         Audited("accepted", f"{grant.job} attempt {grant.attempt}, signed by {event.signer.name}"),
     ]
     if model.loaded:
-        return Decision((*record, AttemptOpened(held)), (StartAttempt(held), SendAdvert()))
-    report = _report(held, AttemptStatus.LOADING, state, now, detail=f"{order.model.repo_id} is being loaded.")
+        record += [AttemptOpened(held), ModelUsed(order.model.repo_id, now)]
+        return Decision(tuple(record), (StartAttempt(held), SendAdvert()))
+    report = report_of(held, AttemptStatus.LOADING, state, now, detail=f"{order.model.repo_id} is being loaded.")
     waiting = replace(held, status=AttemptStatus.LOADING, sequence=report.sequence)
     record += [AttemptOpened(waiting), Reported(report)]
     act: list[Effect] = [SendReport(report), SendAdvert()]
-    if model.offer.state is ModelState.LOADABLE:
-        record.append(_loading(model))
-        act.append(LoadModel(order.model.repo_id))
+    if not (model.queued or model.offer.state is ModelState.LOADING):
+        begun = models.load(order.model.repo_id, state, now)
+        record += begun.record
+        act += begun.act
     return Decision(tuple(record), tuple(act))
 
 
@@ -226,11 +179,11 @@ def _stop(stop: StopAttempt, state: State, now: Now) -> Decision:
         return Decision(refusal=Failure("stale_epoch", f"A coordinator of epoch {state.epoch} has taken over."))
     raised = _raised(stop.epoch, state)
     if key in state.held:
-        ended = _end(state, key, AttemptStatus.CANCELLED, now, detail=stop.reason, kill=stop.reason)
+        ended = end(state, key, AttemptStatus.CANCELLED, now, detail=stop.reason, kill=stop.reason)
         return Decision((*raised, *ended.record), ended.act)
     if key in state.unsent:
         return Decision(raised)
-    report = _bare_report(state, key, Digest(""), stop.epoch, 1, now, AttemptStatus.CANCELLED, detail=stop.reason)
+    report = bare_report(state, key, Digest(""), stop.epoch, 1, now, AttemptStatus.CANCELLED, detail=stop.reason)
     bar = AttemptBarred(key, now.wall_ms + MAX_WINDOW_MS + 2 * SKEW_MS)
     return Decision((*raised, bar, AttemptEnded(report)), (SendReport(report),))
 
@@ -250,7 +203,7 @@ def _renew(renewal: LeaseRenewed, sent_monotonic_ms: int, state: State, now: Now
             until = sent_monotonic_ms + renewal.lease_ms
             record.append(HeldChanged(replace(held, lease_until_ms=max(until, held.lease_until_ms))))
         elif held.after_advert < renewal.advert_sequence:
-            ended = _end(state, held.key, AttemptStatus.CANCELLED, now, detail="superseded", kill="superseded")
+            ended = end(state, held.key, AttemptStatus.CANCELLED, now, detail="superseded", kill="superseded")
             record += ended.record
             act += ended.act
     return Decision(tuple(record), tuple(act))
@@ -262,94 +215,17 @@ def _tick(state: State, now: Now, forget: bool) -> Decision:
     failure = Failure("lease_ended", "The lease ended without a word of the coordinator; another site may run it now.")
     for held in state.computing:
         if held.lease_until_ms <= now.monotonic_ms:
-            ended = _end(
+            ended = end(
                 state, held.key, AttemptStatus.FAILED, now, failure=failure, blame=Blame.SITE, kill="lease_ended"
             )
             record += ended.record
             act += ended.act
-    for model in state.models.values():
-        if model.offer.state in (ModelState.LOADABLE, ModelState.FAILED) and model.retry_at_ms <= now.monotonic_ms:
-            retried = _retry(model, state)
-            record += retried.record
-            act += retried.act
+    tended = models.tend_models(state, now)
+    record += tended.record
+    act += tended.act
     if forget:
         record.append(OldForgotten(now.wall_ms))
     return Decision(tuple(record), tuple(act))
-
-
-# --------------------------------------------------------------------------------------- attempts
-
-
-def _progress(state: State, key: AttemptKey, status: AttemptStatus, now: Now, detail: str = "") -> Decision:
-    held = state.held.get(key)
-    if held is None or held.ending is not None:
-        return Decision()
-    report = _report(held, status, state, now, detail=detail)
-    return Decision((Reported(report),), (SendReport(report),))
-
-
-def _computed(state: State, key: AttemptKey) -> Decision:
-    held = state.held.get(key)
-    if held is None:
-        return Decision()
-    record: list[Change] = [HeldChanged(replace(held, computed=True))]
-    model = state.models.get(held.order.model.repo_id)
-    if model is not None and model.failures:
-        record.append(ModelChanged(replace(model, failures=0)))
-    return Decision(tuple(record), (SendAdvert(),))
-
-
-def _payload_refused(state: State, key: AttemptKey, failure: Failure, now: Now) -> Decision:
-    held = state.held.get(key)
-    if held is not None and held.status is AttemptStatus.ACCEPTED:
-        return _end(state, key, AttemptStatus.DECLINED, now, failure=failure, detail=failure.text)
-    return _end(state, key, AttemptStatus.FAILED, now, failure=failure, blame=Blame.SITE)
-
-
-def _end(
-    state: State,
-    key: AttemptKey,
-    status: AttemptStatus,
-    now: Now,
-    *,
-    detail: str = "",
-    failure: Failure | None = None,
-    blame: Blame | None = None,
-    receipt: Receipt | None = None,
-    manifest: str | None = None,
-    kill: str = "",
-) -> Decision:
-    """Return the decision that ends a held attempt with its last report; empty when it is held no longer.
-
-    With `kill`, what runs is stopped first: `AttemptStopped` follows when its runner is gone, and only then the report.
-    """
-    held = state.held.get(key)
-    if held is None:
-        return Decision()
-    if kill and held.ending is not None:
-        return Decision()
-    if kill and held.started:
-        stopping = replace(held, ending=Ending(status, detail, failure, blame))
-        return Decision((HeldChanged(stopping),), (KillAttempt(key, kill),))
-    said = held.ending or Ending(status, detail, failure, blame)
-    status, failure = said.status, said.failure
-    report = replace(
-        _report(held, status, state, now, detail=said.detail),
-        failure=failure,
-        blame=said.blame,
-        receipt=receipt,
-        manifest=manifest if status is AttemptStatus.SUCCEEDED else None,
-    )
-    advert: tuple[Effect, ...] = () if held.computed else (SendAdvert(),)
-    why = f"{held.job} attempt {held.attempt} {status}" + (f": {failure.code}" if failure else "")
-    return Decision((AttemptEnded(report), Audited("ended", why)), (SendReport(report), *advert))
-
-
-def _stopped(state: State, key: AttemptKey, receipt: Receipt | None, now: Now) -> Decision:
-    held = state.held.get(key)
-    if held is None or held.ending is None:
-        return Decision()
-    return _end(state, key, held.ending.status, now, receipt=receipt)
 
 
 def _acknowledged(state: State, received: ReportReceived) -> Decision:
@@ -368,7 +244,7 @@ def _drain(state: State, now: Now) -> Decision:
     record: list[Change] = [StatusChanged(SiteStatus.DRAINING)]
     act: list[Effect] = []
     for held in state.computing:
-        ended = _end(state, held.key, AttemptStatus.RELEASED, now, detail="The site is being drained.", kill="draining")
+        ended = end(state, held.key, AttemptStatus.RELEASED, now, detail="The site is being drained.", kill="draining")
         record += ended.record
         act += ended.act
     return Decision(tuple(record), (*act, SendAdvert()))
@@ -377,7 +253,7 @@ def _drain(state: State, now: Now) -> Decision:
 def _restarted(state: State, orphans: Iterable[ev.Orphan], now: Now) -> Decision:
     failure = Failure("agent_restarted", "The agent of the site died and started again; this attempt was lost with it.")
     reports = [
-        _bare_report(
+        bare_report(
             state,
             orphan.key,
             orphan.digest,
@@ -394,125 +270,7 @@ def _restarted(state: State, orphans: Iterable[ev.Orphan], now: Now) -> Decision
     return Decision(tuple(ended), tuple(SendReport(report) for report in reports))
 
 
-# --------------------------------------------------------------------------------------- models
-
-
-def _model_progressed(state: State, repo_id: str, detail: str, now: Now) -> Decision:
-    model = state.models[repo_id]
-    if model.offer.detail == detail:
-        return Decision()
-    record: list[Change] = [ModelChanged(replace(model, offer=replace(model.offer, detail=detail)))]
-    act: list[Effect] = []
-    for held in _waiting(state, repo_id):
-        told = _progress(state, held.key, AttemptStatus.LOADING, now, detail)
-        record += told.record
-        act += told.act
-    return Decision(tuple(record), tuple(act))
-
-
-def _model_loaded(event: ev.ModelLoaded, state: State, now: Now) -> Decision:
-    model = state.models[event.offer.repo_id]
-    record: list[Change] = [ModelChanged(replace(model, offer=event.offer))]
-    act: list[Effect] = []
-    for held in _waiting(state, event.offer.repo_id):
-        if now.wall_ms >= held.order.expires_at_ms + SKEW_MS:
-            late = Failure("order_expired", "The order expired while its model was being loaded.")
-            ended = _end(state, held.key, AttemptStatus.RELEASED, now, failure=late, detail=late.text)
-            record += ended.record
-            act += ended.act
-        else:
-            ready = replace(held, started=True, load_ms=event.offer.load_ms)
-            record.append(HeldChanged(ready))
-            act.append(StartAttempt(ready))
-    return Decision(tuple(record), (*act, SendAdvert()))
-
-
-def _model_failed(state: State, repo_id: str, text: str, now: Now) -> Decision:
-    model = state.models[repo_id]
-    record: list[Change] = [_failed(model, text, ModelState.FAILED, now)]
-    act: list[Effect] = [SendAdvert()]
-    failure = Failure("load_failed", f"{repo_id} could not be loaded: {text}")
-    for held in _waiting(state, repo_id):
-        ended = _end(state, held.key, AttemptStatus.FAILED, now, failure=failure, blame=Blame.SITE)
-        record += ended.record
-        act += ended.act
-    return Decision(tuple(record), tuple(act))
-
-
-def _host_lost(state: State, repo_id: str, text: str, now: Now) -> Decision:
-    model = state.models[repo_id]
-    record: list[Change] = [_failed(model, text, ModelState.LOADABLE, now)]
-    act: list[Effect] = []
-    failure = Failure("host_lost", f"The process that held {repo_id} died: {text}")
-    for held in state.computing:
-        if held.order.model.repo_id == repo_id and held.started:
-            ended = _end(
-                state, held.key, AttemptStatus.FAILED, now, failure=failure, blame=Blame.SITE, kill="host_lost"
-            )
-            record += ended.record
-            act += ended.act
-    return Decision(tuple(record), (*act, SendAdvert()))
-
-
-def _retry(model: Model, state: State) -> Decision:
-    """Return what a model that is not loaded does when its backoff is over: load, or be loadable again."""
-    repo_id = model.offer.repo_id
-    if model.preload or _waiting(state, repo_id):
-        return Decision((_loading(model),), (LoadModel(repo_id),))
-    if model.offer.state is ModelState.FAILED:
-        return Decision((ModelChanged(replace(model, offer=replace(model.offer, state=ModelState.LOADABLE))),))
-    return Decision()
-
-
-def _loading(model: Model) -> ModelChanged:
-    return ModelChanged(replace(model, offer=replace(model.offer, state=ModelState.LOADING, detail="starting")))
-
-
-def _failed(model: Model, text: str, state: ModelState, now: Now) -> ModelChanged:
-    """Count a failure: the first retry comes at once for a lost host, later ones back off up to a minute."""
-    failures = model.failures + 1
-    wait = 0 if failures == 1 and state is ModelState.LOADABLE else min(MAX_BACKOFF_MS, 500 << min(failures, 8))
-    offer = replace(model.offer, state=state, detail=text[:300])
-    return ModelChanged(replace(model, offer=offer, failures=failures, retry_at_ms=now.monotonic_ms + wait))
-
-
-def _waiting(state: State, repo_id: str) -> list[Held]:
-    return [held for held in state.held.values() if not held.started and held.order.model.repo_id == repo_id]
-
-
 # --------------------------------------------------------------------------------------- pieces
-
-
-def _report(held: Held, status: AttemptStatus, state: State, now: Now, detail: str) -> Report:
-    return _bare_report(state, held.key, held.digest, held.epoch, held.sequence + 1, now, status, detail=detail)
-
-
-def _bare_report(
-    state: State,
-    key: tuple[JobId, AttemptNumber],
-    digest: Digest,
-    epoch: Epoch,
-    sequence: int,
-    now: Now,
-    status: AttemptStatus,
-    *,
-    detail: str = "",
-    failure: Failure | None = None,
-) -> Report:
-    return Report(
-        site=state.policy.site,
-        boot=state.boot,
-        job=key[0],
-        attempt=key[1],
-        sequence=sequence,
-        status=status,
-        issued_at_ms=now.wall_ms,
-        order_digest=digest,
-        detail=detail,
-        failure=failure,
-        blame=Blame.SITE if status is AttemptStatus.FAILED else None,
-        epoch=epoch,
-    )
 
 
 def _raised(epoch: Epoch, state: State) -> tuple[Change, ...]:

@@ -138,6 +138,13 @@ class ModelFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelEvicted:
+    """The host of a model that was to be evicted is gone, with its runners and all its memory."""
+
+    repo_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class HostLost:
     """The host process of a loaded model is gone, and its children with it."""
 
@@ -202,6 +209,7 @@ Event = (
     | ModelProgressed
     | ModelLoaded
     | ModelFailed
+    | ModelEvicted
     | HostLost
     | ReportAcknowledged
     | AdvertDue

@@ -32,9 +32,13 @@ class Policy:
     country: str
     slots: int
     memory_bytes: int
-    """For all runners together, beyond the loaded weights."""
+    """For all runners together, beyond the loaded models."""
     limits: Limits
     advert_ms: int
+    models_bytes: int = 0
+    """For all loaded models together; 0: there is no bound."""
+    min_residency_ms: int = 0
+    """So long a loaded model stays, whatever else is asked for."""
     codecs: tuple[str, ...] = ("nnsight-0.8",)
 
 
@@ -85,6 +89,13 @@ class Model:
 
     offer: ModelOffer
     preload: bool = True
+    """It is to be loaded without being asked for, where there is room; no longer once it was evicted."""
+    queued: int = 0
+    """Its place, from 1, among those whose memory is promised but not free yet; 0: it does not wait for any."""
+    stays_until_ms: int = 0
+    """Monotonic; not evicted before."""
+    used_at_ms: int = 0
+    """Monotonic; when it was loaded, or an attempt last used it."""
     failures: int = 0
     """Failed loads and lost hosts in a row."""
     retry_at_ms: int = 0
@@ -94,6 +105,17 @@ class Model:
     def loaded(self) -> bool:
         """Whether a host is ready."""
         return self.offer.state is ModelState.LOADED
+
+    @property
+    def occupies(self) -> bool:
+        """Whether a process holds memory for it now."""
+        state = self.offer.state
+        return state in (ModelState.LOADED, ModelState.EVICTING) or (state is ModelState.LOADING and not self.queued)
+
+    @property
+    def promised(self) -> bool:
+        """Whether its memory is taken or kept for it: a pinned model's always is."""
+        return bool(self.queued) or self.offer.pinned or self.offer.state in (ModelState.LOADED, ModelState.LOADING)
 
 
 @dataclass(slots=True)
@@ -137,3 +159,9 @@ class State:
     def free_memory_bytes(self) -> int:
         """What running attempts have not reserved."""
         return max(0, self.policy.memory_bytes - sum(item.order.limits.memory_bytes for item in self.computing))
+
+    @property
+    def free_models_bytes(self) -> int:
+        """What no model takes or has promised; 0 also where there is no bound."""
+        taken = sum(model.offer.takes_bytes for model in self.models.values() if model.promised)
+        return max(0, self.policy.models_bytes - taken)

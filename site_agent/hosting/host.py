@@ -23,7 +23,7 @@ from typing import Any
 from edif_mesh.errors import SandboxError
 from site_agent.hosting.digest import weights_digest
 from site_agent.hosting.pages import collapse
-from site_agent.hosting.spec import HostFacts, ModelSpec
+from site_agent.hosting.spec import LOADING_WEIGHTS, HostFacts, ModelSpec
 from site_agent.runner.child import address_space_bytes, execute, forget_warm_up, serve
 from site_agent.runner.confine import settings_for
 from site_agent.runner.namespaces import Enclosure
@@ -79,13 +79,17 @@ def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
     import nnsight
     from nnsight.modeling.transformers import TransformersModel
 
-    _say(control, {"progress": "loading weights"})
+    _say(control, {"progress": LOADING_WEIGHTS})
     began = time.monotonic()
     options: dict[str, Any] = {"task": spec.task, "dispatch": True}
     if spec.path is None and spec.revision is not None:
         options["revision"] = spec.revision
     if spec.dtype != "auto":
-        options["dtype"] = getattr(torch, spec.dtype)
+        options["compute_dtype" if spec.quantization else "dtype"] = getattr(torch, spec.dtype)
+    if spec.quantization:
+        options["dtype"] = spec.quantization  # nnsight takes the format's name there
+    if spec.attn_implementation:
+        options["attn_implementation"] = spec.attn_implementation
     model = TransformersModel(spec.path or spec.repo_id, **options)
     model._module.eval()
     parameters = list(model._module.parameters())
@@ -94,7 +98,7 @@ def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
         revision=spec.resolved_revision,
         task=spec.task,
         dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",
-        weights_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        weights_bytes=sum(t.numel() * t.element_size() for t in (*parameters, *model._module.buffers())),
         load_ms=int((time.monotonic() - began) * 1000),
         attn_implementation=str(getattr(model._module.config, "_attn_implementation", "") or ""),
         nnsight=nnsight.__version__ if hasattr(nnsight, "__version__") else version("nnsight"),

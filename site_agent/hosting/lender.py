@@ -11,13 +11,14 @@ import pwd
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.errors import ModelLoadError, NoRunnerError, RunnerError, SandboxError
+from site_agent.hosting.progress import LoadingProgress
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.confine import interpreter_folders
 from site_agent.runner.process import clean_environment, host_command, host_folders
@@ -183,12 +184,14 @@ class ModelHost:
             return str(answer["digest"])
 
     async def close(self) -> None:
-        """End the host and all its runners."""
+        """End the host and all its runners; returns when they are gone, and with them the memory that they shared."""
         if self._backoff is not None:
             self._backoff.cancel()
+        runners = _watched(runner.pid for runner in self._children.values())
         while not self._ready.empty():
             self._ready.get_nowait().discard()
         await self._end_processes()
+        await _all_gone(runners)
         self._end(f"The host of {self.spec.repo_id} was closed.")
         for task in list(self._tasks):
             task.cancel()
@@ -216,6 +219,13 @@ class ModelHost:
         return sum(1 for task in self._tasks if task.get_name() == "warming")
 
     async def _loaded(self, on_progress: Callable[[str], None]) -> None:
+        progress = LoadingProgress(self.spec.weights_bytes, on_progress)
+        try:
+            await self._loading(progress)
+        finally:
+            progress.close()
+
+    async def _loading(self, progress: LoadingProgress) -> None:
         while True:
             message, pidfd = await self._message()
             if message is None:
@@ -225,8 +235,9 @@ class ModelHost:
                 )
             if "host" in message:
                 self._pidfd = pidfd
+                progress.started(pid_of(pidfd))
             elif "progress" in message:
-                on_progress(str(message["progress"]))
+                progress.stage(str(message["progress"]))
             elif "error" in message:
                 raise ModelLoadError(str(message["error"]))
             elif "facts" in message:
@@ -379,7 +390,29 @@ def _is_unlisted() -> bool:
     return False
 
 
-async def _readable_now(sock: socket.socket) -> None:
+def _watched(pids: Iterable[int]) -> list[int]:
+    """Return a descriptor of each process that is still there."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found.append(os.pidfd_open(pid))
+    return found
+
+
+async def _all_gone(pidfds: list[int]) -> None:
+    """Wait until these processes have ended; for `_END_S` at most. Closes the descriptors."""
+    try:
+        async with asyncio.timeout(_END_S):
+            for pidfd in pidfds:
+                await _readable_now(pidfd)
+    except TimeoutError:
+        log.error("runners of a closed host are still there", extra={"runners": len(pidfds)})
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+
+
+async def _readable_now(sock: socket.socket | int) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOADING_WEIGHTS = "loading weights"
+"""What a host says it does from the moment on at which the memory that it takes is weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -15,6 +18,10 @@ class ModelSpec:
     path: str | None = None
     task: str = "text-generation"
     dtype: str = "auto"
+    quantization: str = ""
+    attn_implementation: str = ""
+    weights_bytes: int = 0
+    """As estimated, to tell how far the loading is; 0: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from edif_mesh.identity.trust import TrustStore
 from edif_mesh.transport.ports import Bus, Streams, Subscription
 from edif_mesh.wire import subjects
 from site_agent import hardware
-from site_agent.core.decision import (
+from site_agent.core.effects import (
     DropResult,
     Effect,
+    EvictModel,
     KillAttempt,
     LoadModel,
     SendAdvert,
@@ -32,8 +33,9 @@ from site_agent.hosting.lender import HostSettings
 from site_agent.journal import Journal
 from site_agent.runner.selftest import choose
 from site_agent.shell.attempts import Attempts, Equipment
+from site_agent.shell.budget import Shares, offered
 from site_agent.shell.bulk import Cargo
-from site_agent.shell.catalogue import catalogue, hf_cache
+from site_agent.shell.catalogue import hf_cache
 from site_agent.shell.heartbeat import Heartbeat
 from site_agent.shell.inbox import Inbox
 from site_agent.shell.loop import AgentLoop
@@ -44,7 +46,6 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
 _FORGET_EVERY_TICKS = 2_400
-_MEMORY_SHARE = 0.8
 _NEVER_MS = 1 << 62
 """A model that is not on this machine, or has no sandbox to run in, is not tried again; mending that takes a restart."""
 
@@ -58,14 +59,14 @@ class SiteAgent:
     ) -> None:  # fmt: skip
         self._config, self._journal, self._bus = config, journal, bus
         self._remembered = journal.load()
-        entries = catalogue(config)
+        entries, shares = offered(config)
         chosen = choose(config)
         if chosen.profile is None:
             log.error("no sandbox", extra={"text": chosen.sentence()})
         else:
             log.info("sandbox chosen", extra={"profile": chosen.profile, "text": chosen.sentence()})
         state = State(
-            policy=policy_of(config),
+            policy=policy_of(config, shares),
             boot=BootId(secrets.token_hex(8)),
             devices=hardware.devices(),
             versions=hardware.versions(),
@@ -165,6 +166,8 @@ class SiteAgent:
                 self.outbox.put(report)
             case LoadModel(repo_id):
                 self._models.load(repo_id, self.loop.state.models[repo_id].offer)
+            case EvictModel(repo_id):
+                self._models.evict(repo_id)
             case SendAdvert():
                 self.heartbeat.soon()
             case DropResult():
@@ -192,15 +195,16 @@ class SiteAgent:
                 await asyncio.sleep(1)
 
 
-def policy_of(config: SiteConfig) -> Policy:
-    """Return the operator's settings as the core knows them; memory 0 becomes a share of what is free now."""
-    memory = config.memory_bytes or int(hardware.free_memory_bytes() * _MEMORY_SHARE)
+def policy_of(config: SiteConfig, shares: Shares) -> Policy:
+    """Return the operator's settings as the core knows them."""
     return Policy(
         federation=config.federation,
         site=config.site,
         country=config.country,
         slots=config.slots,
-        memory_bytes=memory,
+        memory_bytes=shares.runners_bytes,
         limits=config.limits,
         advert_ms=config.advert_ms,
+        models_bytes=shares.models_bytes,
+        min_residency_ms=config.min_residency_s * 1000,
     )

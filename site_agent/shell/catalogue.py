@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from edif_mesh.config import ModelConfig, SiteConfig
 from edif_mesh.domain.site import ModelOffer, ModelState
 from edif_mesh.errors import EdifError
-from edif_mesh.models import hub_cache, resolve_model, weights_bytes
+from edif_mesh.models import hub_cache, resolve_model
+from site_agent import hardware
+from site_agent.hosting.footprint import checkpoint_quantization, estimate_weights_bytes, held_dtype, memory_bytes
 from site_agent.hosting.spec import ModelSpec
 
+_PACKAGES = {
+    **dict.fromkeys(("nf4", "fp4", "int8"), ("bitsandbytes", "bitsandbytes")),
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""What a setting needs: the module that transformers imports, and the package to install."""
 _BYTES_A_SECOND = 500 << 20
 """For the first estimate of a load time; later ones are measured."""
 
@@ -38,14 +46,17 @@ def hf_cache(config: SiteConfig) -> Path:
 
 
 def _entry(model: ModelConfig, cache: Path) -> Entry:
-    revision, weights, problem, dtype = model.revision or "", 0, "", model.dtype
+    revision, weights, problem = model.revision or "", 0, ""
     aliases: tuple[str, ...] = ()
+    dtype, quantization = str(model.dtype), str(model.quantization)
     try:
         found = resolve_model(model.repo_id, model.revision, model.path, cache)
-        revision, aliases, weights = found.revision, found.aliases, weights_bytes(found.path)
-        problem = "" if weights else f"There are no weights in {found.path}."
-        dtype = model.dtype if model.dtype != "auto" else _dtype(found.path)
-    except (EdifError, OSError, ValueError, struct.error) as error:
+        revision, aliases = found.revision, found.aliases
+        dtype = held_dtype(found.path, model.dtype, model.quantization) or "float32"
+        quantization = model.quantization or checkpoint_quantization(found.path)
+        weights = estimate_weights_bytes(found.path, model.dtype, model.quantization)
+        problem = _problem(model, found.path, weights)
+    except (EdifError, OSError, ValueError, KeyError, struct.error) as error:
         problem = str(error)
     offer = ModelOffer(
         repo_id=model.repo_id,
@@ -55,8 +66,12 @@ def _entry(model: ModelConfig, cache: Path) -> Entry:
         state=ModelState.FAILED if problem else ModelState.LOADABLE,
         weights_bytes=weights,
         load_ms=5_000 + weights * 1000 // _BYTES_A_SECOND,
+        attn_implementation=model.attn_implementation,
         detail=problem,
         aliases=aliases,
+        quantization=quantization,
+        memory_bytes=memory_bytes(weights) if weights else 0,
+        pinned=model.pinned and not problem,
     )
     spec = ModelSpec(
         repo_id=model.repo_id,
@@ -65,11 +80,24 @@ def _entry(model: ModelConfig, cache: Path) -> Entry:
         path=str(model.path) if model.path is not None else None,
         task=model.task,
         dtype=model.dtype,
+        quantization=model.quantization,
+        attn_implementation=model.attn_implementation,
+        weights_bytes=weights,
     )
-    return Entry(offer, spec, model.preload and not problem, problem)
+    return Entry(offer, spec, (model.preload or model.pinned) and not problem, problem)
 
 
-def _dtype(folder: Path) -> str:
-    """Return what `auto` will load, as far as the configuration says; the host's own word replaces it."""
-    config = json.loads((folder / "config.json").read_text())
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+def _problem(model: ModelConfig, folder: Path, weights: int) -> str:
+    """Why the model cannot be loaded with these settings on this machine; empty when nothing is known against it."""
+    if not weights:
+        return f"There are no weights in {folder}."
+    stored = checkpoint_quantization(folder)
+    if model.quantization and stored:
+        return f"{model.repo_id} is stored as {stored} already; leave its quantization out."
+    package = _PACKAGES.get(model.quantization or "-") or _PACKAGES.get(model.attn_implementation or "-")
+    if package and find_spec(package[0]) is None:
+        asked = model.quantization if model.quantization in _PACKAGES else model.attn_implementation
+        return f"{model.repo_id}: {asked} needs a package that is not installed. Type: pip install {package[1]}"
+    if model.quantization == "fp8" and not hardware.gpus():
+        return f"{model.repo_id}: fp8 needs a GPU of compute capability 8.9 or better, and this machine has none."
+    return ""

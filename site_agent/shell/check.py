@@ -15,7 +15,8 @@ from edif_mesh.wire.messages import Role
 from site_agent import hardware
 from site_agent.hosting.lender import readable_folders
 from site_agent.runner.selftest import choose
-from site_agent.shell.catalogue import Entry, catalogue, hf_cache
+from site_agent.shell.budget import Shares, offered
+from site_agent.shell.catalogue import Entry, hf_cache
 
 Finding = tuple[str, str]
 """`ok`, `warn` or `fail`, and a sentence."""
@@ -69,28 +70,58 @@ def _hardware(config: SiteConfig) -> list[Finding]:
         found.append(
             ("warn", f"{config.slots} slots x {config.threads} threads are more than the {cores} cores; lower either")
         )
-    most = config.memory_bytes or int(hardware.free_memory_bytes() * 0.8)
-    if config.limits.memory_bytes > most:
-        found.append(
-            (
-                "warn",
-                f"an order may ask for {config.limits.memory_bytes / 1e9:.1f} GB, but only {most / 1e9:.1f} GB are "
-                "set aside for runners: set limits.memory_bytes lower, or memory_bytes higher",
-            )
-        )
     return found
 
 
 def _models(config: SiteConfig) -> list[Finding]:
+    """Each model, and whether memory suffices for them and for what orders may ask."""
+    try:
+        entries, shares = offered(config)
+    except EdifError as error:
+        return [("fail", str(error))]
     found: list[Finding] = []
-    for entry in catalogue(config):
-        offer = entry.offer
-        size = f"{offer.weights_bytes / 1e9:.2f} GB, {offer.dtype}"
-        found.append(
-            ("fail", entry.problem) if entry.problem else ("ok", f"{offer.repo_id} {offer.revision[:12]} {size}")
-        )
+    for entry in entries:
+        found.append(("fail", entry.problem) if entry.problem else ("ok", _described(entry)))
         found += _closed_to_runners(config, entry)
-    return found or [("fail", "no model is configured: add a [[models]] table with a repo_id")]
+    if not found:
+        return [("fail", "no model is configured: add a [[models]] table with a repo_id")]
+    return [*found, *_memory(config, entries, shares)]
+
+
+def _described(entry: Entry) -> str:
+    offer = entry.offer
+    held = [offer.quantization, offer.dtype, offer.attn_implementation, "pinned" if offer.pinned else ""]
+    return (
+        f"{offer.repo_id} {offer.revision[:12]} {offer.weights_bytes / 1e9:.2f} GB of weights, "
+        f"{offer.takes_bytes / 1e9:.2f} GB in memory, {', '.join(part for part in held if part)}"
+    )
+
+
+def _memory(config: SiteConfig, entries: tuple[Entry, ...], shares: Shares) -> list[Finding]:
+    at_start = sum(entry.offer.takes_bytes for entry in entries if entry.preload)
+    found: list[Finding] = [
+        (
+            "ok",
+            f"{shares.models_bytes / 1e9:.2f} GB for loaded models, {shares.runners_bytes / 1e9:.2f} GB for runners",
+        )
+    ]
+    if at_start > shares.models_bytes:
+        found.append(
+            (
+                "warn",
+                f"the models with preload need {at_start / 1e9:.2f} GB together: those that fit are loaded at start, in the "
+                "order of the settings, the others when they are asked for",
+            )
+        )
+    if config.limits.memory_bytes > shares.runners_bytes:
+        found.append(
+            (
+                "warn",
+                f"an order may ask for {config.limits.memory_bytes / 1e9:.1f} GB, but only {shares.runners_bytes / 1e9:.1f} GB "
+                "are set aside for runners: set limits.memory_bytes lower, or memory_bytes higher",
+            )
+        )
+    return found
 
 
 def _closed_to_runners(config: SiteConfig, entry: Entry) -> list[Finding]:

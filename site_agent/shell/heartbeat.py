@@ -15,6 +15,7 @@ from edif_mesh.wire.envelope import open_envelope, seal
 from edif_mesh.wire.messages import Advert, AttemptRef, LeaseRenewed
 from site_agent import hardware
 from site_agent.core.events import AdvertDue, LeaseAnswered
+from site_agent.core.residence import evictable_bytes
 from site_agent.core.state import Now, State
 from site_agent.shell.loop import AgentLoop, read_clocks
 
@@ -114,4 +115,7 @@ def build_advert(state: State, now: Now) -> Advert:
         attempts=tuple(AttemptRef(held.job, held.attempt, held.status) for held in state.held.values()),
         sandbox=state.sandbox,
         note=state.note,
+        models_bytes=policy.models_bytes,
+        free_models_bytes=state.free_models_bytes,
+        evictable_bytes=evictable_bytes(state, now),
     )

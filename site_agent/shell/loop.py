@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from edif_mesh.domain.job import Failure
 from site_agent.core.changes import Audited, Durable, ReportSettled, evolve
-from site_agent.core.decision import Decision, Effect, SendReport, StartAttempt, decide
+from site_agent.core.decision import decide
+from site_agent.core.effects import Decision, Effect, SendReport, StartAttempt
 from site_agent.core.events import BadOrderReceived, Event, GrantReceived, ReportAcknowledged, Ticked
 from site_agent.core.state import Now, State
 from site_agent.journal import Journal, JournalError

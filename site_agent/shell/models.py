@@ -10,7 +10,8 @@ from pathlib import Path
 
 from edif_mesh.domain.site import ModelOffer, ModelState
 from edif_mesh.errors import EdifError, RunnerError
-from site_agent.core.events import Event, HostLost, ModelFailed, ModelLoaded, ModelProgressed
+from site_agent.core.events import Event, HostLost, ModelEvicted, ModelFailed, ModelLoaded, ModelProgressed
+from site_agent.hosting.footprint import memory_bytes, resident_bytes
 from site_agent.hosting.lender import HostSettings, ModelHost
 from site_agent.hosting.spec import ModelSpec
 from site_agent.runner.supervisor import Runner
@@ -37,6 +38,10 @@ class ModelKeeper:
     def load(self, repo_id: str, offer: ModelOffer) -> None:
         """Start a host for `repo_id`; `ModelLoaded` or `ModelFailed` follows, later perhaps `HostLost`."""
         self._spawn(self._load(self._specs[repo_id], offer), f"host {repo_id}")
+
+    def evict(self, repo_id: str) -> None:
+        """End the model's host; `ModelEvicted` follows when nothing of it is left in memory."""
+        self._spawn(self._evict(repo_id), f"evict {repo_id}")
 
     async def lend(self, repo_id: str) -> Runner:
         """Return a ready runner; raises RunnerError when the host is gone."""
@@ -77,16 +82,26 @@ class ModelKeeper:
             state=ModelState.LOADED,
             dtype=facts.dtype,
             weights_bytes=facts.weights_bytes,
+            memory_bytes=memory_bytes(facts.weights_bytes, resident_bytes(facts.pid)),
             load_ms=facts.load_ms,
             attn_implementation=facts.attn_implementation,
             detail="",
         )
         await self._tell(ModelLoaded(loaded))
         why = await asyncio.shield(host.closed)
+        if self._hosts.get(repo_id) is not host:
+            return  # evicted
         log.error("host lost", extra={"model": repo_id, "text": why})
         del self._hosts[repo_id]
         await self._tell(HostLost(repo_id, why))
         await host.close()
+
+    async def _evict(self, repo_id: str) -> None:
+        host = self._hosts.pop(repo_id, None)
+        if host is not None:
+            await host.close()
+        log.info("model evicted", extra={"model": repo_id})
+        await self._tell(ModelEvicted(repo_id))
 
     def _progressed(self, repo_id: str, text: str) -> None:
         async def tell() -> None:

@@ -251,6 +251,9 @@ def test_status_sites_and_models_say_the_same_to_people_and_programs(mesh: Runni
     told = mesh.edif("models", "list").stdout
     assert tiny_gpt2() in told
     assert "LOADED" in told
+    assert "sdpa" in told
+    assert offer["model"]["memory_bytes"] > offer["model"]["weights_bytes"]
+    assert f"of {site['models_bytes'] / 1e9:.1f} GB" in mesh.edif("sites").stdout
 
 
 def test_a_running_job_is_followed_and_cancelled(mesh: RunningMesh) -> None:

@@ -322,3 +322,15 @@ def _tensor(value: object) -> torch.Tensor:
     found = value[0] if isinstance(value, tuple) else value
     assert isinstance(found, torch.Tensor), json.dumps(str(type(value)))
     return found
+
+
+def test_a_researcher_who_waits_for_a_model_sees_how_far_it_is(mesh: RunningMesh, client: RawClient) -> None:
+    session, payload = client.subscribe(), traces.one_read()
+    for host in mesh.hosts("ansbach"):
+        host.kill()
+    frames = session.run(payload)
+    session.close()
+    assert frames[-1]["status"] == "COMPLETED", frames[-1]
+    waiting = [frame["description"] for frame in frames if frame["status"] == "DEPLOYING"]
+    told = [text for text in waiting if text.startswith("Loading the model at ansbach")]
+    assert any("loading weights, 0 % of 0.7 MB" in text for text in told), waiting

@@ -15,7 +15,8 @@ from edif_mesh.wire.messages import AttemptLease, Audience, Grant, LeaseRenewed,
 from site_agent.core import events as ev
 from site_agent.core.admission import SKEW_MS
 from site_agent.core.changes import AttemptOpened, evolve
-from site_agent.core.decision import Decision, KillAttempt, LoadModel, SendReport, StartAttempt, decide
+from site_agent.core.decision import decide
+from site_agent.core.effects import Decision, KillAttempt, LoadModel, SendReport, StartAttempt
 from site_agent.core.state import Model, Now, Policy, State
 
 SITE, FEDERATION, GIB = SiteId("ansbach"), FederationId("fed"), 1 << 30

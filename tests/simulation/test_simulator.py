@@ -9,6 +9,7 @@ from types import FunctionType, ModuleType
 import pytest
 
 from coordinator.core import attempts, decision, jobs, placement, schedule
+from coordinator.core.state import SiteRecord
 from edif_mesh.domain.ids import AttemptNumber
 from tests.simulation.world import Violation, World, run
 
@@ -20,7 +21,16 @@ SEEDS = range(100, 108)
 def test_no_invariant_breaks_and_everything_ends(seed: int) -> None:
     world = run(seed, STEPS)
     assert world.steps >= STEPS
-    for what in ("lost", "site crashed", "coordinator crashed at rest", "own link", "cut off", "cancelled", "started"):
+    for what in (
+        "lost",
+        "site crashed",
+        "coordinator crashed at rest",
+        "own link",
+        "cut off",
+        "cancelled",
+        "started",
+        "evicted",
+    ):
         assert world.counts[what] > 0, f"the world knew no {what!r}: it tested nothing"
     assert len(world.committed) > 50
 
@@ -80,6 +90,19 @@ def test_a_room_without_the_ledger_of_own_grants_is_caught(monkeypatch: pytest.M
     )
     with pytest.raises(Violation, match="slots"):
         run(200, STEPS)
+
+
+def test_grants_without_the_ledger_of_models_in_use_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    room_at = schedule.room_at
+
+    def forgetful(draft: decision.Draft, site: SiteRecord) -> schedule.Room:
+        room = room_at(draft, site)
+        return schedule.Room(room.slots, room.memory_bytes)
+
+    monkeypatch.setattr(schedule, "room_at", forgetful)
+    with pytest.raises(Violation, match="bytes to models, and those in use need"):
+        for seed in range(200, 206):
+            run(seed, STEPS)
 
 
 def test_a_placement_below_the_demanded_sandbox_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

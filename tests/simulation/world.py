@@ -32,6 +32,7 @@ from coordinator.core.state import (
 from edif_mesh.domain.attempt import AttemptStatus, Blame, Receipt
 from edif_mesh.domain.ids import AttemptNumber, BootId, Digest, Epoch, FederationId, JobId, KeyId, SiteId, job_id
 from edif_mesh.domain.job import Failure, JobStatus, Limits
+from edif_mesh.domain.room import Plan, Resident, plan_room
 from edif_mesh.domain.site import ModelOffer, ModelRef, ModelState, SiteStatus, Versions
 from edif_mesh.wire.messages import (
     Advert,
@@ -48,6 +49,10 @@ from edif_mesh.wire.messages import (
 
 T0 = 1_800_000_000_000
 LEASE_MS, ADVERT_MS = 30_000, 5_000
+MODELS = ("m", "m1", "m2", "m3")
+"""Of one unit of memory each; jobs want the first most."""
+MODELS_BYTES, RESIDENCY_MS = 2, 5_000
+"""What every site gives to models, and how long a loaded one stays."""
 HEALED_BOUND_MS = 400_000
 """Once nothing fails any more, every job must have ended by then."""
 Key = tuple[JobId, AttemptNumber]
@@ -62,6 +67,7 @@ class Held:
     """One attempt at a site."""
 
     grant: Grant
+    model: str
     lease_until_ms: int
     accepted_at_ms: int
     sequence: int = 0
@@ -84,6 +90,28 @@ class Site:
     seen: set[tuple[Digest, AttemptNumber]] = field(default_factory=set)
     held: dict[Key, Held] = field(default_factory=dict)
     status: SiteStatus = SiteStatus.ACTIVE
+    loaded: dict[str, int] = field(default_factory=lambda: {"m": 0})
+    """When each model that is in memory was loaded."""
+    loading: set[str] = field(default_factory=set)
+
+    def residents(self, now_ms: int) -> list[Resident]:
+        """What takes memory, and why it must stay."""
+        busy = {held.model for held in self.held.values() if held.running}
+        young = {name for name, at in self.loaded.items() if now_ms - at < RESIDENCY_MS}
+        stay = busy | young | self.loading
+        names = sorted({*self.loaded, *self.loading})
+        return [Resident(n, 1, "in use" if n in stay else "", self.loaded.get(n, now_ms)) for n in names]
+
+    def offers(self) -> tuple[ModelOffer, ...]:
+        """The catalogue as it is advertised."""
+        return tuple(
+            ModelOffer(
+                name, "r", "text-generation", "float32",
+                ModelState.LOADED if name in self.loaded else ModelState.LOADING if name in self.loading else ModelState.LOADABLE,
+                1, 1, memory_bytes=1, evictable_at_ms=self.loaded.get(name, -RESIDENCY_MS) + RESIDENCY_MS,
+            )
+            for name in MODELS
+        )  # fmt: skip
 
     @property
     def boot(self) -> BootId:
@@ -293,8 +321,14 @@ class World:
         if pair in site.seen:
             return
         site.seen.add(pair)
-        held = Held(grant, self.now_ms + LEASE_MS, self.now_ms)
+        model = self.orders[grant.job].model.repo_id
+        plan = self._plan(site, model)
+        held = Held(grant, model, self.now_ms + LEASE_MS, self.now_ms)
         site.held[key] = held
+        if not plan.fits:
+            self.counts["no room for the model"] += 1
+            self._report(site, held, AttemptStatus.DECLINED, Failure("no_room", "declined"))
+            return
         if sum(h.running for h in site.held.values()) > site.slots or self._chance(0.03):
             self._report(site, held, AttemptStatus.DECLINED, Failure("no_free_slot", "declined"))
             return
@@ -303,7 +337,37 @@ class World:
             self._fail([f"{key} ran twice at {site.name}"])
         self.starts.add(start)
         self.counts["started"] += 1
-        self._report(site, held, AttemptStatus.RUNNING)
+        if model in site.loaded:
+            self._runs(site, key, boot)
+            return
+        self._report(site, held, AttemptStatus.LOADING)
+        if model not in site.loading:
+            for gone in plan.evict:
+                self.counts["evicted"] += 1
+                del site.loaded[gone]
+            site.loading.add(model)
+            if len(site.loaded) + len(site.loading) > MODELS_BYTES:
+                self._fail([f"{site.name} holds {sorted(site.loaded)} and loads {sorted(site.loading)}"])
+            self._after(self.random.choice((100, 1_000, 8_000)), lambda: self._loaded(site, model, boot))
+
+    def _plan(self, site: Site, model: str) -> Plan:
+        """What must go before the model can be loaded at the site; nothing for one that is there."""
+        there = site.residents(self.now_ms)
+        need = 0 if model in site.loaded or model in site.loading else 1
+        return plan_room(need, MODELS_BYTES, there) if need else Plan()
+
+    def _loaded(self, site: Site, model: str, boot: BootId) -> None:
+        if not site.up or site.boot != boot:
+            return
+        site.loading.discard(model)
+        site.loaded[model] = self.now_ms
+        for key, held in list(site.held.items()):
+            if held.running and held.model == model:
+                self._runs(site, key, boot)
+        self._advert(site)
+
+    def _runs(self, site: Site, key: Key, boot: BootId) -> None:
+        self._report(site, site.held[key], AttemptStatus.RUNNING)
         self._after(self.random.choice((50, 500, 2_000, 20_000)), lambda: self._ended(site, key, boot))
 
     def _ended(self, site: Site, key: Key, boot: BootId) -> None:
@@ -388,7 +452,7 @@ class World:
         advert = Advert(
             site=site.name, boot=site.boot, sequence=site.adverts, issued_at_ms=self.now_ms, valid_ms=LEASE_MS, status=site.status,
             country="DE", slots=site.slots, free_slots=site.slots, memory_bytes=64 << 30, free_memory_bytes=64 << 30, devices=(),
-            models=(ModelOffer("m", "r", "text-generation", "float32", ModelState.LOADED, 1, 1),), versions=Versions(nnsight="0.8.1"),
+            models=site.offers(), models_bytes=MODELS_BYTES, versions=Versions(nnsight="0.8.1"),
             limits=Limits(), sandbox="namespaced" if site is next(iter(self.sites.values())) else "base",
             attempts=tuple(AttemptRef(*key, AttemptStatus.RUNNING) for key in site.held),
         )  # fmt: skip
@@ -448,6 +512,7 @@ class World:
         if site.up:
             return
         site.up, site.boots = True, site.boots + 1
+        site.loaded, site.loading = {"m": self.now_ms - RESIDENCY_MS}, set()
         for held in list(site.held.values()):
             if held.running:
                 held.sequence += 1000
@@ -469,7 +534,7 @@ class World:
             digest = Digest(hashlib.sha256(job.encode()).hexdigest())
             self.orders[job] = Order(
                 FederationId("sim"), job, "n", self.now_ms, self.now_ms, expires, PayloadRef(digest, 1),
-                ModelRef("m" if self.random.random() < 0.97 else "unknown"), Versions(nnsight="0.8.1"),
+                ModelRef(self.random.choice((*MODELS, *["m"] * 8)) if self.random.random() < 0.97 else "unknown"), Versions(nnsight="0.8.1"),
                 limits=Limits(memory_bytes=1 << 20), max_attempts=self.random.choice((2, 8)),
                 sandbox="namespaced" if digest[0] in "012" else "",
             )  # fmt: skip

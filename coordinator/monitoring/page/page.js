@@ -2,7 +2,7 @@
 // Shows frames of /api/v1/stream. Every text of a job or a site reaches the page as a text node, never as markup.
 
 const TONES = {
-  ACTIVE: "good", LOADED: "good", SUCCEEDED: "good", RUNNING: "busy", PLACED: "busy", LOADING: "busy", ACCEPTED: "busy",
+  ACTIVE: "good", LOADED: "good", SUCCEEDED: "good", RUNNING: "busy", PLACED: "busy", LOADING: "busy", EVICTING: "busy", ACCEPTED: "busy",
   GRANTED: "busy", QUEUED: "wait", CORDONED: "warn", DRAINING: "warn", SUSPECT: "warn", RELEASED: "warn", DECLINED: "warn",
   LOST: "bad", FAILED: "bad", QUARANTINED: "bad", EXPIRED: "bad", CANCELLED: "idle", LOADABLE: "idle",
 };
@@ -57,13 +57,18 @@ function siteCard(site) {
     bar("slots", busy, site.slots, busy + " of " + site.slots),
     bar("memory", site.memory_bytes - site.free_memory_bytes, site.memory_bytes,
       bytes(site.free_memory_bytes) + " free of " + bytes(site.memory_bytes), true));
+  if (site.models_bytes) {
+    card.append(bar("models", site.models_bytes - site.free_models_bytes, site.models_bytes,
+      bytes(site.free_models_bytes) + " free of " + bytes(site.models_bytes), true));
+  }
   for (const device of site.devices) {
     card.append(bar(device.name || device.kind, device.memory_bytes - device.free_bytes, device.memory_bytes,
       bytes(device.free_bytes) + " free of " + bytes(device.memory_bytes), true));
   }
   card.append(el("div", { class: "models" }, ...site.models.map((model) => {
     const tag = state(model.state, model.repo_id + " · " + model.state.toLowerCase());
-    tag.title = [model.dtype, model.revision.slice(0, 12), bytes(model.weights_bytes), model.detail].filter(Boolean).join(" · ");
+    tag.title = [model.dtype, model.quantization, model.attn_implementation, model.revision.slice(0, 12), bytes(model.weights_bytes),
+      model.pinned && "pinned", model.detail].filter(Boolean).join(" · ");
     return tag;
   })));
   const v = site.versions;

@@ -49,6 +49,8 @@ _WRITES_PER_S = 4 << 30
 _MAX_THREADS = 1024
 _WARM_AFTER_S = 0.1
 _GONE_S = 2.0
+HOST_GONE = "their host is gone"
+"""The verdict when nobody is left to look at the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,14 @@ class RunOptions:
 class Runner:
     """A ready, confined child and the socket it speaks on; it serves one job."""
 
-    def __init__(self, sock: socket.socket, pid: int, device: str, pidfd: int = -1) -> None:
-        """`pidfd` is the runner's to close; by default one of `pid`, as this process counts."""
+    def __init__(self, sock: socket.socket, pid: int, device: str, pidfd: int = -1, *, checked: bool = False) -> None:
+        """`pidfd` is the runner's to close; by default one of `pid`, as this process counts.
+
+        With `checked` its host looks at the weights once it is dead; no success is told before.
+        """
         self.pid = pid
+        self.verdict: asyncio.Future[str] | None = asyncio.get_running_loop().create_future() if checked else None
+        """What the host found changed in the weights after the job; empty: nothing."""
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         """Its exit status, set by the host's report; None when the host itself is gone."""
         self._sock, self._device = sock, device
@@ -160,7 +167,7 @@ class Runner:
         wall = asyncio.get_running_loop().call_later(limits.wall_ms / 1000, self._too_long, limits.wall_ms)
         watch = asyncio.create_task(self._watch(limits.memory_bytes, cpu_limit_ms(options)))
         failure: tuple[str, str] | None = ("protocol", "The runner ended in the middle of a sentence.")
-        terminal: RunnerEvent | None = None
+        terminal: RunnerSucceeded | RunnerFailed
         try:
             sending = asyncio.create_task(self._send(payload, options))
             try:
@@ -187,7 +194,17 @@ class Runner:
             wall.cancel()
             watch.cancel()
             self.discard()
-        yield terminal
+        yield await self._unless_weights_changed(terminal)
+
+    async def _unless_weights_changed(self, terminal: RunnerSucceeded | RunnerFailed) -> RunnerEvent:
+        if self.verdict is None or not (changed := await self.verdict):
+            return terminal
+        if isinstance(terminal, RunnerFailed) and changed == HOST_GONE:
+            return terminal
+        self._result_bytes = 0
+        receipt = self.receipt
+        assert receipt is not None
+        return RunnerFailed("weights_changed", _changed_sentence(changed), receipt)
 
     def _stay_cold(self) -> None:
         if self._warming is not None:
@@ -389,6 +406,13 @@ def _memory_sentence(used: int, limit: int) -> str:
     return (
         f"The job used {used / 1e9:,.2f} GB of memory; its limit is {limit / 1e9:,.2f} GB (beyond the model's weights; "
         "weights that it changes count), so it was stopped. Keep or save less at once, or order a higher memory_bytes."
+    )
+
+
+def _changed_sentence(changed: str) -> str:
+    return (
+        f"The site's copy of the model's weights was not intact after this job ({changed}), so its result was withheld. The site "
+        "loads the model anew; the job runs again, here or elsewhere."
     )
 
 

@@ -74,9 +74,11 @@ class ModelOffer:
     """The last measured load time, or an estimate before the first."""
     attn_implementation: str = ""
     detail: str = ""
-    """Why FAILED, or how far LOADING is."""
+    """Why FAILED, or how far LOADING is; LOADED: the alarm for which it was loaded anew."""
     aliases: tuple[str, ...] = ()
     """Branches or tags that resolve to `revision` here."""
+    device: str = ""
+    """Where its weights lie, or will: `cpu`, `cuda:0`, `cuda:0,cuda:1`, `auto` over all GPUs."""
 
 
 @dataclass(frozen=True, slots=True)

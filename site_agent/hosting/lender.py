@@ -18,8 +18,10 @@ from typing import Any
 
 from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.errors import ModelLoadError, NoRunnerError, RunnerError, SandboxError
+from site_agent.hardware import GpuProcesses
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.confine import interpreter_folders
+from site_agent.runner.device_usage import DeviceMeter
 from site_agent.runner.process import clean_environment, host_command, host_folders
 from site_agent.runner.selftest import deviation, pid_of
 from site_agent.runner.supervisor import HOST_GONE, Runner
@@ -69,6 +71,8 @@ class ModelHost:
         self.spec, self._settings = spec, settings
         self.facts: HostFacts
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.alarm = ""
+        """Why an operator should look: the weights check has found a difference, for which this host was ended."""
         self._process: asyncio.subprocess.Process
         self._control: socket.socket
         self._unborn: deque[socket.socket] = deque()
@@ -80,6 +84,7 @@ class ModelHost:
         self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolved, and replaced, when the machine has refused runners for too long."""
         self._backoff: asyncio.TimerHandle | None = None
+        self._gpu_memory = GpuProcesses()
         self._checking = asyncio.Lock()
         self._checked: asyncio.Future[str] | None = None
         self._digest: asyncio.Future[dict[str, Any]] | None = None
@@ -215,10 +220,11 @@ class ModelHost:
 
     def _alarm(self, changed: str) -> None:
         log.error("weights changed", extra={"model": self.spec.repo_id, "text": changed})
-        self._end(
+        self.alarm = (
             f"ALARM: the weights of {self.spec.repo_id} were not what they were at load ({changed}). Its runners were stopped, results "
             "of the jobs on it were withheld, and the model is loaded anew."
         )
+        self._end(self.alarm)
         while not self._ready.empty():
             self._ready.get_nowait().discard()
 
@@ -363,7 +369,7 @@ class ModelHost:
         """`pid` is the host's own count; exits are reported by it."""
         sock = self._unborn.popleft()
         try:
-            runner = Runner(sock, pid_of(pidfd), self.facts.device, pidfd, checked=bool(self.facts.sharing))
+            runner = self._runner(sock, pid_of(pidfd), pidfd)
         except (OSError, SandboxError) as error:  # it ends at the end of its socket
             sock.close()
             if pidfd >= 0:
@@ -372,6 +378,11 @@ class ModelHost:
             return
         self._children[pid] = runner
         self._spawn(self._await_ready(runner), name="warming")
+
+    def _runner(self, sock: socket.socket, pid: int, pidfd: int) -> Runner:
+        device, shared = self.facts.device, bool(self.facts.sharing)
+        meter = DeviceMeter(pid, self._gpu_memory) if "cuda" in device else None
+        return Runner(sock, pid, device, pidfd, checked=shared, device_meter=meter)
 
     async def _await_ready(self, runner: Runner) -> None:
         try:

@@ -126,9 +126,7 @@ def confine(
     seal_calls(settings)
 
 
-def withdraw(
-    settings: SandboxSettings, keep_descriptor: int, number: int = 0, borrowed: tuple[int, ...] = ()
-) -> None:
+def withdraw(settings: SandboxSettings, keep_descriptor: int, number: int = 0, borrowed: tuple[int, ...] = ()) -> None:
     """The first half of `confine`: leave session, descriptors, user, capabilities; limit resources. Raises SandboxError."""
     os.setsid()
     _close_descriptors(keep_descriptor, *borrowed)

@@ -79,7 +79,9 @@ def device_memory_sentence(memory_bytes: int, said: str) -> str:
 def fault_note(error: BaseException) -> str:
     """Return what to add to the traceback of a job that the GPU has stopped; empty for everything else."""
     said = str(error)
-    if "CUDA error" not in said or not any(word in said for word in ("illegal memory access", "unspecified launch failure")):
+    if "CUDA error" not in said or not any(
+        word in said for word in ("illegal memory access", "unspecified launch failure")
+    ):
         return ""
     return (
         "\n\nThe GPU refused an access to memory. The usual reason here: the model's weights are mapped read-only on this device, "

@@ -42,7 +42,7 @@ class WeightsChecksum:
             torch.mul(piece, places[: piece.numel()]).sum()  # int32 by int64: computed and summed modulo 2^64
             for piece in words.split(self._words)
         ]
-        return [int(value) for value in torch.stack(sums).cpu().tolist()] if sums else []
+        return [int(value) for value in torch.stack(sums).cpu().tolist()]
 
     def first_difference(self, before: list[list[int]], after: list[list[int]]) -> Difference | None:
         """Return where two readings of the same segments differ first; None when they are equal."""

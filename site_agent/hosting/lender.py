@@ -24,7 +24,7 @@ from site_agent.runner.confine import interpreter_folders
 from site_agent.runner.device_usage import DeviceMeter
 from site_agent.runner.process import clean_environment, host_command, host_folders
 from site_agent.runner.selftest import deviation, pid_of
-from site_agent.runner.supervisor import HOST_GONE, Runner
+from site_agent.runner.supervisor import HOST_GONE, Runner, changed_sentence
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +224,8 @@ class ModelHost:
             f"ALARM: the weights of {self.spec.repo_id} were not what they were at load ({changed}). Its runners were stopped, results "
             "of the jobs on it were withheld, and the model is loaded anew."
         )
+        for runner in self._children.values():
+            runner.kill("weights_changed", changed_sentence(changed))
         self._end(self.alarm)
         while not self._ready.empty():
             self._ready.get_nowait().discard()

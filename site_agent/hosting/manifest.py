@@ -43,7 +43,8 @@ class Placed:
     """One tensor under all of its names (`transformer.wte.weight`); shape, stride and offset in elements of `dtype`."""
 
     names: tuple[str, ...]
-    kind: str
+    kinds: tuple[str, ...]
+    """Of each name: `parameter`, `buffer` or `attribute`."""
     block: int
     """-1 for a tensor without elements."""
     dtype: str
@@ -70,7 +71,7 @@ class Manifest:
     def from_json(cls, raw: bytes) -> Manifest:
         """Rebuild what `to_json` has written; the owner is trusted, so this checks nothing but names."""
         value = json.loads(raw)
-        lists = ("names", "shape", "stride")
+        lists = ("names", "kinds", "shape", "stride")
         return cls(
             tuple(Segment(**item) for item in value["segments"]),
             tuple(Block(**item) for item in value["blocks"]),
@@ -111,7 +112,7 @@ class Taken:
 
     tensor: Any
     names: list[str]
-    kind: str
+    kinds: list[str]
     start: int
     end: int
 
@@ -155,11 +156,11 @@ def bind(module: Any, manifest: Manifest, block_storage: Callable[[int], Any]) -
             tensor.set_(storages[placed.block], placed.offset, placed.shape, placed.stride)
         else:
             tensor = tensor.new_empty(placed.shape)
-        if placed.kind == _PARAMETER:
+        if _PARAMETER in placed.kinds:
             tensor = torch.nn.Parameter(tensor, requires_grad=placed.requires_grad)
-        for name in placed.names:
+        for name, kind in zip(placed.names, placed.kinds, strict=True):
             path, _, last = name.rpartition(".")
-            _slot(owners[path], placed.kind)[last] = tensor
+            _slot(owners[path], kind)[last] = tensor
     for name, tensor, _ in _tensors(module):
         if tensor.device.type == "meta":
             raise ModelLoadError(f"{name} was not among the weights that their owner has shared.")
@@ -184,12 +185,13 @@ def _inventory(module: Any) -> list[Taken]:
         _demand_plain(name, tensor)
         if id(tensor) in found:
             found[id(tensor)].names.append(name)
+            found[id(tensor)].kinds.append(kind)
             continue
         size = tensor.element_size()
         first = tensor.storage_offset() * size
         reach = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
         last = first if tensor.numel() == 0 else first + (reach + 1) * size
-        found[id(tensor)] = Taken(tensor, [name], kind, first, last)
+        found[id(tensor)] = Taken(tensor, [name], [kind], first, last)
     return list(found.values())
 
 
@@ -229,7 +231,7 @@ def _placed(taken: Taken, block: int, start: int) -> Placed:
     tensor = taken.tensor
     return Placed(
         names=tuple(taken.names),
-        kind=taken.kind,
+        kinds=tuple(taken.kinds),
         block=block,
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),

@@ -1,7 +1,7 @@
 """The weights owner: loads one model, moves its weights into memory that runners map, and checks that memory after each job.
 
-Forked by the fork server (`zygote`) before anything heavy is imported, so that it alone starts CUDA. It reads no byte of a
-job and shares no process with one; its words on the link are trusted. It ends with the fork server.
+Forked by the fork server (`zygote`) before anything is loaded, so that it alone starts CUDA. It reads no byte of a job and shares
+no process with one; its words on the link are trusted. It ends with the fork server.
 """
 
 from __future__ import annotations

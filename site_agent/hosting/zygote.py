@@ -9,6 +9,7 @@ that CUDA starts are then confined like the first one. To the agent it is a host
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import socket
@@ -33,6 +34,8 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
     """Start the owner, build the model's structure, then serve forks until either socket closes."""
     order = json.loads(control.recv(MAX_CONTROL_BYTES))
     spec = ModelSpec(**order["spec"])
+    say(control, {"progress": "importing torch and nnsight"})
+    importlib.import_module("nnsight.modeling.transformers")  # once for all three roles; importing does not start CUDA
     link = _start_owner(control, spec)
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     on_cuda = spec.sharing in (CUDA, CUDA_VMM, CUDA_IPC)
@@ -123,7 +126,7 @@ def _wake_libraries() -> None:
 
 
 def _start_owner(control: socket.socket, spec: ModelSpec) -> socket.socket:
-    """Fork it now, while this process is small and single-threaded; return the link to it."""
+    """Fork it now, while this process has one thread and has started nothing; return the link to it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         try:

@@ -219,7 +219,7 @@ class Runner:
         self._result_bytes = 0
         receipt = self.receipt
         assert receipt is not None
-        return RunnerFailed("weights_changed", _changed_sentence(changed), receipt)
+        return RunnerFailed("weights_changed", changed_sentence(changed), receipt)
 
     def _stay_cold(self) -> None:
         if self._warming is not None:
@@ -384,6 +384,8 @@ class Runner:
             return self._killed_because
         try:
             status = await asyncio.wait_for(asyncio.shield(self.exited), 2)
+            if status is None:  # the host is gone; its runners end a moment later
+                await self._dies()
         except TimeoutError:
             status = None
         if status is None and not self._is_dead():
@@ -396,6 +398,11 @@ class Runner:
             return "runner_crashed", "The runner was killed from outside (SIGKILL), most likely because memory ran out."
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
         return "runner_crashed", f"The runner died without a result ({name})."
+
+    async def _dies(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GONE_S):
+                await _readable(asyncio.get_running_loop(), self._pidfd)
 
     def _is_dead(self) -> bool:
         poll = select.poll()
@@ -414,7 +421,7 @@ def cpu_limit_ms(options: RunOptions) -> int:
     return limits.cpu_ms or limits.wall_ms * max(1, options.threads) + 1000
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket | int) -> None:
     readable = asyncio.Event()
     loop.add_reader(sock, readable.set)
     try:
@@ -430,7 +437,8 @@ def _memory_sentence(used: int, limit: int, what: str = "memory") -> str:
     )
 
 
-def _changed_sentence(changed: str) -> str:
+def changed_sentence(changed: str) -> str:
+    """Return what the weights check says to a job that ended, or was stopped, when it had found a difference."""
     return (
         f"The site's copy of the model's weights was not intact after this job ({changed}), so its result was withheld. The site "
         "loads the model anew; the job runs again, here or elsewhere."

@@ -436,7 +436,7 @@ def _command(settings: HostSettings, descriptor: int, readable: list[str], spec:
     runtime = settings.sandbox_command if settings.sandbox is SandboxProfile.STRICT else ()
     folders = host_folders((*interpreter_folders(), *readable))
     kind = "zygote" if spec.sharing else "host"
-    return host_command("site_agent.hosting.launch", (str(descriptor), settings.sandbox, kind), runtime, folders)
+    return host_command("site_agent.hosting.launch", (str(descriptor), kind, settings.sandbox), runtime, folders)
 
 
 def _is_unlisted() -> bool:

@@ -107,14 +107,20 @@ def spread(model: Any, device_map: dict[str, int | str] | None) -> None:
     """Have `model`, whose tensors have just got their memory, run where they lie: over several devices as the owner's does."""
     module = model._module
     if device_map is not None and len(set(map(str, device_map.values()))) > 1:
-        from accelerate import dispatch_model
-
-        # Every tensor is where the map wants it, so this moves nothing: it adds what passes activations on.
-        dispatch_model(module, device_map=device_map, force_hooks=True)
-        model._update(module)  # nnsight's own place is around what was added
+        pass_activations_on(model, device_map)
     first = next(module.parameters(), None)
     if model.pipeline is not None and first is not None:
         model.pipeline.device = first.device
+
+
+def pass_activations_on(model: Any, device_map: dict[str, int | str]) -> None:
+    """Add to `model` what moves activations from device to device, as a load with this map does. Its tensors stay where they are."""
+    from accelerate import dispatch_model
+
+    module = model._module
+    skipped = getattr(module, "_skip_keys_device_placement", None)  # caches are spread themselves
+    dispatch_model(module, device_map=device_map, skip_keys=skipped, force_hooks=True)
+    model._update(module)  # nnsight's own place is around what was added
 
 
 def _wake_libraries() -> None:

@@ -35,11 +35,15 @@ def cuda_has_started(proc: int) -> bool:
 
     `proc` is a descriptor of its /proc.
     """
-    for name in os.listdir(os.open("self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"self/fd/{name}", dir_fd=proc) == _UVM:
-                return True
-    return False
+    folder = os.open("self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                if os.readlink(name, dir_fd=folder) == _UVM:
+                    return True
+        return False
+    finally:
+        os.close(folder)
 
 
 def limit_device_memory(memory_bytes: int) -> None:

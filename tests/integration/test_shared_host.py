@@ -97,14 +97,10 @@ outcome = [held, tried]
     assert "done" not in tried.values(), tried
 
 
-async def test_no_thread_that_a_preparation_starts_escapes(host: ModelHost) -> None:
-    """What CUDA's own threads are to a runner on a GPU: started after files are forbidden, there when system calls are."""
-    runner = await host.lend()
-    states = [
-        Path(f"/proc/{runner.pid}/task/{task}/status").read_text() for task in os.listdir(f"/proc/{runner.pid}/task")
-    ]
-    assert all("Seccomp:\t2" in state and "NoNewPrivs:\t1" in state for state in states)
-    runner.discard()
+async def test_a_host_that_forks_is_shown_no_gpu(forking: ModelHost) -> None:
+    """A library that asks whether there is CUDA would start it, and no child could use it, nor compute."""
+    source = "import os, torch\noutcome = [os.environ.get('CUDA_VISIBLE_DEVICES'), torch.cuda.is_initialized()]"
+    assert (await run(forking, code(source))).values["outcome"] == ["", False]
 
 
 async def test_a_stopped_job_frees_all_that_it_had_and_the_next_one_runs(host: ModelHost) -> None:

@@ -15,6 +15,8 @@ from site_agent.hosting.manifest import ALIGN_BYTES, Block, Manifest, Segment, b
 from site_agent.hosting.owner import SharedWeights
 from site_agent.hosting.segments import SharedMemory, block_storages, words_of
 from site_agent.hosting.stores import Stores
+from site_agent.hosting.zygote import pass_activations_on
+from tests import traces
 
 
 class Odd(nn.Module):
@@ -218,3 +220,26 @@ def test_words_that_change_places_or_signs_are_noticed(checksum: WeightsChecksum
 def test_equal_weights_give_equal_sums_and_another_owner_other_ones(checksum: WeightsChecksum) -> None:
     assert changed(checksum, weights(), weights()) is None
     assert WeightsChecksum(piece_words=64).of(weights()) != checksum.of(weights())
+
+
+# -------------------------------------------------------------------------------------------------- over several devices
+
+
+def test_a_mapped_model_passes_activations_on_as_one_that_was_loaded_over_devices() -> None:
+    """Two parts on one CPU: the hooks of accelerate around mapped weights, and nnsight around those."""
+    loaded, mapped = traces.loaded_tiny_model(), traces.loaded_tiny_model()
+    shared, stores = SharedWeights(loaded, "shared_memory"), Stores("shared_memory")
+    module = mapped._module.to("meta")
+    bind(module, shared.manifest, block_storages(shared.manifest, [stores.attach(*item) for item in shared.published]))
+    pass_activations_on(mapped, {"transformer": "cpu", "lm_head": "cpu"})
+    logits = []
+    for model in (loaded, mapped):
+        with model.trace("Hello world"):
+            hidden = model.transformer.h[0].output
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            hidden[:] = hidden * 2
+            changed = model.lm_head.output.save()
+        logits.append(changed.detach())
+    assert hasattr(module.transformer.h[0].attn.c_attn, "_hf_hook")
+    assert torch.equal(*logits)
+    assert module.lm_head.weight is module.transformer.wte.weight

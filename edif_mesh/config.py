@@ -9,9 +9,9 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from edif_mesh.domain.ids import FederationId, SiteId, is_name
 from edif_mesh.domain.job import Limits
@@ -19,6 +19,7 @@ from edif_mesh.errors import ConfigError
 
 C = TypeVar("C", "CoordinatorConfig", "SiteConfig", "ClientConfig")
 _STRICT = ConfigDict(extra="forbid")
+_DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,10 @@ class ModelConfig:
     """Loaded at start as far as there is room; later it may be evicted."""
     pinned: bool = False
     """Loaded at start and never evicted; its memory is kept for it."""
+    device: _DeviceName | None = None
+    """Where this model goes; None: the site's `device`."""
+    device_map: str | dict[str, int | str] | None = None
+    """Over several GPUs, as transformers takes it: `auto`, `balanced`, or a table of modules and devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,8 @@ class SiteConfig:
     """The most that an order may ask for here."""
     advert_ms: int = 5_000
     log_level: str = "INFO"
+    device: _DeviceName = "auto"
+    """Where models go: `cpu`, `cuda` (the first GPU), `cuda:1`; `auto`: the first GPU where there is one, else the CPU."""
     sandbox: Literal["auto", "base", "namespaced", "strict"] = "auto"
     """The profile that runners get; `auto`: the strongest that passes its self-test on this machine."""
     least_sandbox: Literal["base", "namespaced", "strict"] = "base"

@@ -37,6 +37,45 @@ def gpus() -> tuple[Device, ...]:
             pynvml.nvmlShutdown()
 
 
+def cuda_devices() -> int:
+    """Return how many GPUs models can be loaded on: those of the driver, none where torch was built without CUDA."""
+    with contextlib.suppress(PackageNotFoundError):
+        return 0 if version("torch").endswith("+cpu") else len(gpus())
+    return 0
+
+
+class GpuProcesses:
+    """The driver's count of processes' memory on the GPUs, as a function of the process id; opened at the first question."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+
+    def __call__(self, pid: int) -> int | None:
+        """Return the bytes that process `pid` has on all GPUs, 0 when it has none, None when the driver does not say.
+
+        Process ids are the driver's, those of the machine: in a container with its own, nothing is found.
+        """
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        try:
+            if self._nvml is None:
+                pynvml.nvmlInit()
+                self._nvml = pynvml
+            total = 0
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                    if process.pid == pid:
+                        if process.usedGpuMemory is None:
+                            return None
+                        total += int(process.usedGpuMemory)
+            return total
+        except pynvml.NVMLError:
+            return None
+
+
 def cpu() -> Device:
     """Return the processor with the machine's memory."""
     memory = psutil.virtual_memory()

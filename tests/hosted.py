@@ -49,10 +49,10 @@ async def tiny_host(ready: int = 1, **settings: Any) -> AsyncIterator[ModelHost]
 
 
 @contextlib.asynccontextmanager
-async def a_host(repo_id: str, ready: int = 1, **settings: Any) -> AsyncIterator[ModelHost]:
-    """A host of a test model; closed at the end."""
+async def a_host(repo_id: str, ready: int = 1, *, sharing: str = "", **settings: Any) -> AsyncIterator[ModelHost]:
+    """A host of a test model, with `sharing` as in ModelSpec; closed at the end."""
     host = await ModelHost.start(
-        ModelSpec(repo_id), HostSettings(ready_children=ready, hf_cache=models.cache(), **settings)
+        ModelSpec(repo_id, sharing=sharing), HostSettings(ready_children=ready, hf_cache=models.cache(), **settings)
     )
     try:
         yield host

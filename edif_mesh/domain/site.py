@@ -78,7 +78,7 @@ class ModelOffer:
     """The last measured load time, or an estimate before the first."""
     attn_implementation: str = ""
     detail: str = ""
-    """Why FAILED, or how far LOADING is."""
+    """Why FAILED, or how far LOADING is; LOADED: the alarm for which it was loaded anew."""
     aliases: tuple[str, ...] = ()
     """Branches or tags that resolve to `revision` here."""
     quantization: str = ""
@@ -91,6 +91,8 @@ class ModelOffer:
     """It stays loaded at least until this instant of the site's clock."""
     used_at_ms: int = 0
     """When an attempt last used it; 0: not since the agent started."""
+    device: str = ""
+    """Where its weights lie, or will: `cpu`, `cuda:0`, `cuda:0,cuda:1`, `auto` over all GPUs."""
 
     @property
     def takes_bytes(self) -> int:

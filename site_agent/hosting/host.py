@@ -32,8 +32,9 @@ from site_agent.runner.process import die_with_parent, harden_parent
 MAX_CONTROL_BYTES = 64 << 10
 Start = Callable[[socket.socket, int, int], None]
 """Makes a forked child a runner: its socket, the host's process id, and the child's number. Never returns."""
-FORK, DIGEST = b"fork", b"digest"
-"""What the agent asks on the control socket: a runner (with the descriptor of its socket), the weights' digest."""
+FORK, DIGEST, CHECK = b"fork", b"digest", b"check"
+"""What the agent asks on the control socket: a runner (with the descriptor of its socket), the weights' digest, and, where they
+lie in shared memory, whether they are what they were."""
 
 
 def main(control: socket.socket, enclosure: Enclosure) -> None:
@@ -46,7 +47,7 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
         model, facts = load(spec, control)
         payload = _warm_up(model)
     except Exception as error:
-        _say(control, {"error": _sentence(spec, error)})
+        say(control, {"error": sentence(spec, error)})
         return
     harden_parent()
     forget_warm_up()
@@ -58,19 +59,19 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
     try:
         enclosure.close_off(settings.readable)
     except SandboxError as error:
-        _say(control, {"error": str(error)})
+        say(control, {"error": str(error)})
         return
-    _say(control, {"facts": asdict(replace(facts, sandbox=enclosure.profile))})
+    say(control, {"facts": asdict(replace(facts, sandbox=enclosure.profile))})
 
     def start(sock: socket.socket, host: int, number: int) -> None:
         serve(sock, model, payload, settings, host, number=number, address_space=size, proc=proc)
 
-    _serve_forks(control, enclosure, model, start)
+    serve_forks(control, enclosure, start, model)
 
 
-def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
-    """Load the model of `spec` through nnsight; progress goes to `control`."""
-    _say(control, {"progress": "importing torch and nnsight"})
+def load(spec: ModelSpec, control: socket.socket | None, device: str = "") -> tuple[Any, HostFacts]:
+    """Load the model of `spec` through nnsight, where it says or, for its structure alone, on `device`; progress goes to `control`."""
+    say(control, {"progress": "importing torch and nnsight"})
     import torch
     from tqdm import tqdm
 
@@ -79,7 +80,7 @@ def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
     import nnsight
     from nnsight.modeling.transformers import TransformersModel
 
-    _say(control, {"progress": LOADING_WEIGHTS})
+    say(control, {"progress": LOADING_WEIGHTS})
     began = time.monotonic()
     options: dict[str, Any] = {"task": spec.task, "dispatch": True}
     if spec.path is None and spec.revision is not None:
@@ -90,6 +91,10 @@ def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
         options["dtype"] = spec.quantization  # nnsight takes the format's name there
     if spec.attn_implementation:
         options["attn_implementation"] = spec.attn_implementation
+    if device or spec.device_map is None:
+        options["device"] = device or spec.device
+    if spec.device_map is not None or device == "meta":
+        options["device_map"] = device or spec.device_map
     model = TransformersModel(spec.path or spec.repo_id, **options)
     model._module.eval()
     parameters = list(model._module.parameters())
@@ -103,8 +108,9 @@ def load(spec: ModelSpec, control: socket.socket) -> tuple[Any, HostFacts]:
         attn_implementation=str(getattr(model._module.config, "_attn_implementation", "") or ""),
         nnsight=nnsight.__version__ if hasattr(nnsight, "__version__") else version("nnsight"),
         pid=os.getpid(),
+        device=",".join(sorted({str(p.device) for p in parameters})) or "cpu",
     )
-    _say(control, {"progress": "warming up"})
+    say(control, {"progress": "warming up"})
     return model, facts
 
 
@@ -121,6 +127,18 @@ class _Capture:
 
 def _warm_up(model: Any) -> bytes | None:
     """Run a small trace of our own through the whole path; returns it, or None for models that take no token ids."""
+    payload = capture_warm_up(model)
+    try:
+        if payload is not None:
+            execute(payload, model)
+    except Exception as error:
+        print(f"warm-up skipped: {error!r}", file=sys.stderr, flush=True)
+        return None
+    return payload
+
+
+def capture_warm_up(model: Any) -> bytes | None:
+    """Return a small trace of our own, not run; None for models that no such trace can be made for."""
     import torch
 
     capture = _Capture()
@@ -129,36 +147,45 @@ def _warm_up(model: Any) -> bytes | None:
         with model.trace(prompt, backend=capture):
             warm = model.output.save()  # noqa: F841
             print("", end="")
-        execute(capture.payload, model)
     except Exception as error:
         print(f"warm-up skipped: {error!r}", file=sys.stderr, flush=True)
         return None
     return capture.payload
 
 
-def _serve_forks(control: socket.socket, enclosure: Enclosure, model: Any, start: Start) -> None:
+def serve_forks(
+    control: socket.socket, enclosure: Enclosure, start: Start, model: Any = None, *, link: socket.socket | None = None
+) -> None:
+    """Fork runners and answer questions until the agent is gone, or, where there is one, the weights owner behind `link`."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     os.set_blocking(reader, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watched: list[Any] = [control, reader]
+    watched: list[Any] = [control, reader, *([link] if link is not None else [])]
     while True:
         ready, _, _ = select.select(watched, [], [])
         if reader in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(reader, 4096)
             _reap(control)
+        if link is not None and link in ready:
+            answer = link.recv(MAX_CONTROL_BYTES)
+            if not answer:
+                return
+            say(control, json.loads(answer))
         if control in ready:
             data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
             if not data:
                 return
-            if data == DIGEST:
+            if data in (DIGEST, CHECK) and link is not None:
+                link.sendall(data)
+            elif data == DIGEST:
                 _digest(control, model)
             elif descriptors:
                 _fork(control, enclosure, descriptors[0], start)
             else:  # the kernel drops what a process at its limit of descriptors cannot take
-                _say(control, {"refused": "its host has no free descriptor"})
+                say(control, {"refused": "its host has no free descriptor"})
 
 
 def _fork(control: socket.socket, enclosure: Enclosure, descriptor: int, start: Start) -> None:
@@ -168,7 +195,7 @@ def _fork(control: socket.socket, enclosure: Enclosure, descriptor: int, start: 
     except (OSError, SandboxError) as error:
         os.close(descriptor)
         why = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
-        _say(control, {"refused": f"the kernel refused a process: {why}"})
+        say(control, {"refused": f"the kernel refused a process: {why}"})
         return
     if pid == 0:
         signal.set_wakeup_fd(-1)
@@ -176,7 +203,7 @@ def _fork(control: socket.socket, enclosure: Enclosure, descriptor: int, start: 
         start(socket.socket(fileno=descriptor), host, number)
     os.close(descriptor)
     pidfd = os.pidfd_open(pid)  # the agent counts processes otherwise than a host in a pid namespace
-    _say(control, {"forked": pid}, pidfd)
+    say(control, {"forked": pid}, pidfd)
     os.close(pidfd)
 
 
@@ -185,15 +212,15 @@ def _digest(control: socket.socket, model: Any) -> None:
     try:
         pid = os.fork()
     except OSError as error:
-        _say(control, {"digest": "", "why": f"the kernel refused a process: {error.strerror}"})
+        say(control, {"digest": "", "why": f"the kernel refused a process: {error.strerror}"})
         return
     if pid == 0:
         try:
             signal.set_wakeup_fd(-1)
             die_with_parent()
-            _say(control, {"digest": weights_digest(model)})
+            say(control, {"digest": weights_digest(model)})
         except BaseException as error:
-            _say(control, {"digest": "", "why": f"{type(error).__name__}: {error}"[:500]})
+            say(control, {"digest": "", "why": f"{type(error).__name__}: {error}"[:500]})
         finally:
             os._exit(0)
 
@@ -208,17 +235,21 @@ def _reap(control: socket.socket) -> None:
             return
         cpu_ms = int((used.ru_utime + used.ru_stime) * 1000)
         peak = used.ru_maxrss << 10
-        _say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status), "cpu_ms": cpu_ms, "peak": peak})
+        say(control, {"exited": pid, "status": os.waitstatus_to_exitcode(status), "cpu_ms": cpu_ms, "peak": peak})
 
 
-def _say(control: socket.socket, message: dict[str, Any], *descriptors: int) -> None:
+def say(control: socket.socket | None, message: dict[str, Any], *descriptors: int) -> None:
+    """Send one message to whoever started this process; end with them. None: nobody listens."""
+    if control is None:
+        return
     try:
         socket.send_fds(control, [json.dumps(message).encode()], descriptors)
     except OSError:
         os._exit(0)
 
 
-def _sentence(spec: ModelSpec, error: Exception) -> str:
+def sentence(spec: ModelSpec, error: Exception) -> str:
+    """Return why the model of `spec` could not be loaded, in one sentence."""
     if isinstance(error, SandboxError):
         return str(error)
     text = str(error).strip().split("\n")[0][:500]

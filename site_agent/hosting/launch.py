@@ -1,4 +1,6 @@
-"""Where a host's process begins: `python -m site_agent.hosting.launch FD PROFILE`, with the control socket FD.
+"""Where a host's process begins: `python -m site_agent.hosting.launch FD KIND PROFILE`, with the control socket FD.
+
+KIND is the module that it then becomes: `host`, or `zygote` for a model whose weights runners map.
 
 Namespaces come before everything heavy: a user namespace can be entered by a process with one thread only, and the process
 that stays behind to wait (see `Enclosure.enter`) should be a small one. So this imports no torch; the host then does.
@@ -21,7 +23,7 @@ from site_agent.runner.process import die_with_parent
 def main() -> None:
     """Enter what the profile demands, then become the host."""
     die_with_parent()
-    control, enclosure = socket.socket(fileno=int(sys.argv[1])), Enclosure(SandboxProfile(sys.argv[2]))
+    control, enclosure = socket.socket(fileno=int(sys.argv[1])), Enclosure(SandboxProfile(sys.argv[3]))
     try:
         enclosure.enter()
     except SandboxError as error:
@@ -30,7 +32,7 @@ def main() -> None:
     pidfd = os.pidfd_open(os.getpid())
     socket.send_fds(control, [json.dumps({"host": os.getpid()}).encode()], [pidfd])
     os.close(pidfd)
-    importlib.import_module("site_agent.hosting.host").main(control, enclosure)
+    importlib.import_module(f"site_agent.hosting.{sys.argv[2]}").main(control, enclosure)
 
 
 if __name__ == "__main__":

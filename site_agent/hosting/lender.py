@@ -18,12 +18,14 @@ from typing import Any
 
 from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.errors import ModelLoadError, NoRunnerError, RunnerError, SandboxError
+from site_agent.hardware import GpuProcesses
 from site_agent.hosting.progress import LoadingProgress
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.confine import interpreter_folders
+from site_agent.runner.device_usage import DeviceMeter
 from site_agent.runner.process import clean_environment, host_command, host_folders
 from site_agent.runner.selftest import deviation, pid_of
-from site_agent.runner.supervisor import Runner
+from site_agent.runner.supervisor import HOST_GONE, Runner, changed_sentence
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,14 @@ _LEAST_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 5.0
 _READY_S = 60.0
 _END_S = 10.0
 _DIGEST_S = 600.0
+_CHECK_S = 60.0
+"""The weights check is bound by memory: 140 GB take a GPU far below a second."""
+_CUDA = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # `cuda:1` means what the driver's own tools call 1
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # the fork server may be asked whether there is CUDA, and must not start it
+    "CUDA_CACHE_DISABLE": "1",  # runners write no file
+    "CUDA_MPS_PIPE_DIRECTORY": "/nonexistent",  # never MPS: a fault of one of its clients ends all of them
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,8 @@ class ModelHost:
         self.spec, self._settings = spec, settings
         self.facts: HostFacts
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.alarm = ""
+        """Why an operator should look: the weights check has found a difference, for which this host was ended."""
         self._process: asyncio.subprocess.Process
         self._control: socket.socket
         self._unborn: deque[socket.socket] = deque()
@@ -73,6 +85,9 @@ class ModelHost:
         self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolved, and replaced, when the machine has refused runners for too long."""
         self._backoff: asyncio.TimerHandle | None = None
+        self._gpu_memory = GpuProcesses()
+        self._checking = asyncio.Lock()
+        self._checked: asyncio.Future[str] | None = None
         self._digest: asyncio.Future[dict[str, Any]] | None = None
         self._digesting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,12 +107,12 @@ class ModelHost:
         log = open(settings.log_file, "ab") if settings.log_file else None  # noqa: SIM115
         try:
             host._process = await asyncio.create_subprocess_exec(
-                *_command(settings, theirs.fileno(), readable),
+                *_command(settings, theirs.fileno(), readable, spec),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log or asyncio.subprocess.DEVNULL,
                 stderr=log or asyncio.subprocess.DEVNULL,
-                env=_environment(settings),
+                env=_environment(settings, spec),
                 start_new_session=True,
             )
         finally:
@@ -182,6 +197,48 @@ class ModelHost:
             if not answer["digest"]:
                 raise RunnerError(f"The weights of {self.spec.repo_id} could not be read: {answer['why']}.")
             return str(answer["digest"])
+
+    async def check_weights(self) -> str:
+        """Return where the shared weights are not what they were at load; empty when they are, and where none are shared.
+
+        Done by itself after every job. A difference ends the host: what it still held has run, or would, on wrong weights.
+        """
+        if not self.facts.sharing:
+            return ""
+        async with self._checking:
+            if self.closed.done():
+                return self.closed.result()
+            self._checked = asyncio.get_running_loop().create_future()
+            await asyncio.get_running_loop().sock_sendall(self._control, b"check")
+            either: set[asyncio.Future[Any]] = {self._checked, self.closed}
+            await asyncio.wait(either, timeout=_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
+            if self.closed.done():
+                return self.closed.result()
+            changed = self._checked.result() if self._checked.done() else f"they could not be read in {_CHECK_S:.0f} s"
+            if changed:
+                self._alarm(changed)
+            return changed
+
+    def _alarm(self, changed: str) -> None:
+        log.error("weights changed", extra={"model": self.spec.repo_id, "text": changed})
+        self.alarm = (
+            f"ALARM: the weights of {self.spec.repo_id} were not what they were at load ({changed}). Its runners were stopped, results "
+            "of the jobs on it were withheld, and the model is loaded anew."
+        )
+        for runner in self._children.values():
+            runner.kill("weights_changed", changed_sentence(changed))
+        self._end(self.alarm)
+        while not self._ready.empty():
+            self._ready.get_nowait().discard()
+
+    async def _verdict(self, runner: Runner) -> None:
+        """A runner that had a job is dead: only now can nothing of it change the weights any more."""
+        assert runner.verdict is not None
+        changed = HOST_GONE
+        with contextlib.suppress(OSError):
+            changed = await self.check_weights()
+        if not runner.verdict.done():
+            runner.verdict.set_result(changed)
 
     async def close(self) -> None:
         """End the host and all its runners; returns when they are gone, and with them the memory that they shared."""
@@ -270,12 +327,16 @@ class ModelHost:
                 elif "refused" in message:
                     self._unborn.popleft().close()
                     self._not_made(str(message["refused"]))
+                elif "checked" in message and self._checked is not None and not self._checked.done():
+                    self._checked.set_result(str(message["changed"]))
                 elif "digest" in message and self._digest is not None and not self._digest.done():
                     self._digest.set_result(message)
                 elif "exited" in message:
                     runner = self._children.pop(message["exited"], None)
                     if runner is not None:
                         runner.has_exited(message["status"], message["cpu_ms"], message["peak"])
+                        if runner.verdict is not None and runner.receipt is not None:
+                            self._spawn(self._verdict(runner))
         self._end(f"The host process of {self.spec.repo_id} died.")
 
     def _fork(self) -> None:
@@ -321,7 +382,7 @@ class ModelHost:
         """`pid` is the host's own count; exits are reported by it."""
         sock = self._unborn.popleft()
         try:
-            runner = Runner(sock, pid_of(pidfd), device="cpu", pidfd=pidfd)
+            runner = self._runner(sock, pid_of(pidfd), pidfd)
         except (OSError, SandboxError) as error:  # it ends at the end of its socket
             sock.close()
             if pidfd >= 0:
@@ -330,6 +391,11 @@ class ModelHost:
             return
         self._children[pid] = runner
         self._spawn(self._await_ready(runner), name="warming")
+
+    def _runner(self, sock: socket.socket, pid: int, pidfd: int) -> Runner:
+        device, shared = self.facts.device, bool(self.facts.sharing)
+        meter = DeviceMeter(pid, self._gpu_memory) if "cuda" in device else None
+        return Runner(sock, pid, device, pidfd, checked=shared, device_meter=meter)
 
     async def _await_ready(self, runner: Runner) -> None:
         try:
@@ -358,6 +424,8 @@ class ModelHost:
             self.closed.set_result(why)
         for runner in self._children.values():
             runner.has_exited(None)
+            if runner.verdict is not None and not runner.verdict.done():
+                runner.verdict.set_result(HOST_GONE)
         self._children.clear()
 
     def _spawn(self, work: object, name: str = "host") -> None:
@@ -375,10 +443,11 @@ def readable_folders(spec: ModelSpec, hf_cache: Path | None) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _command(settings: HostSettings, descriptor: int, readable: list[str]) -> list[str]:
+def _command(settings: HostSettings, descriptor: int, readable: list[str], spec: ModelSpec) -> list[str]:
     runtime = settings.sandbox_command if settings.sandbox is SandboxProfile.STRICT else ()
     folders = host_folders((*interpreter_folders(), *readable))
-    return host_command("site_agent.hosting.launch", (str(descriptor), settings.sandbox), runtime, folders)
+    kind = "zygote" if spec.sharing else "host"
+    return host_command("site_agent.hosting.launch", (str(descriptor), kind, settings.sandbox), runtime, folders)
 
 
 def _is_unlisted() -> bool:
@@ -427,13 +496,19 @@ async def _readable_now(sock: socket.socket | int) -> None:
         loop.remove_reader(sock)
 
 
-def _environment(settings: HostSettings) -> dict[str, str]:
+def _environment(settings: HostSettings, spec: ModelSpec) -> dict[str, str]:
     """A host gets no secret: what it holds, every child holds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not spec.sharing.startswith("cuda"):
+        devices = {"CUDA_VISIBLE_DEVICES": ""}  # a host that forks must never start CUDA, whatever a library asks of it
+    else:
+        devices = {**_CUDA, **({"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {})}
     cache = {"HF_HUB_CACHE": str(settings.hf_cache)} if settings.hf_cache else {}
     return {
         **clean_environment(),
         **({"HOME": "/"} if settings.sandbox is SandboxProfile.STRICT or _is_unlisted() else {}),
         **cache,
+        **devices,
         "HF_HUB_OFFLINE": "1" if settings.offline else "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",

@@ -22,6 +22,12 @@ class ModelSpec:
     attn_implementation: str = ""
     weights_bytes: int = 0
     """As estimated, to tell how far the loading is; 0: unknown."""
+    device: str = "cpu"
+    """`cpu`, `cuda` (the first), `cuda:1`."""
+    device_map: str | dict[str, int | str] | None = None
+    """Over several devices, as transformers takes it: `auto`, `balanced`, or where each module goes. Then `device` is not used."""
+    sharing: str = ""
+    """How runners get the weights: empty, by fork; else a kind of `stores`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +46,7 @@ class HostFacts:
     """As the agent counts processes."""
     sandbox: str = ""
     """The profile that the host has put around its runners."""
+    device: str = "cpu"
+    """Where the weights lie: `cpu`, `cuda:0`, `cuda:0,cuda:1`."""
+    sharing: str = ""
+    """How runners get the weights, as chosen: see `ModelSpec`."""

@@ -20,11 +20,18 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
-from edif_mesh.errors import SandboxError, UnsupportedValueError
+from edif_mesh.errors import SiteError, UnsupportedValueError
 from edif_mesh.results.archive import plan
 from site_agent.runner.confine import SandboxSettings, confine
+from site_agent.runner.devices import (
+    device_memory_sentence,
+    fault_note,
+    limit_device_memory,
+    ran_out_of_device_memory,
+)
 from site_agent.runner.protocol import (
     HEAD,
     LOG_FRAME_COST_BYTES,
@@ -56,23 +63,27 @@ def serve(
     number: int = 0,
     address_space: int = 0,
     proc: int = -1,
+    prepare: Callable[[], object] | None = None,
+    borrowed: tuple[int, ...] = (),
+    limited: bool = True,
 ) -> None:
     """Confine this process, a child of `host`; wait for one job on `sock`, warm up if that takes long, run it. Never returns.
 
-    `number` as for `confine`; `address_space` is the host's and `proc` a descriptor of its /proc, for a child that sees none.
+    `number`, `prepare` and `borrowed` as for `confine`; `address_space` is the host's and `proc` a descriptor of its /proc, for a
+    child that sees none. Without `limited` the address space is not: CUDA reserves all of a machine's.
     """
     status = 1
     try:
-        address_space = address_space or address_space_bytes()
+        address_space = address_space or (address_space_bytes() if limited else 0)
         _hand_over_meter(sock, proc)
         gc.enable()
-        confine(settings, sock.fileno(), number)
+        confine(settings, sock.fileno(), number, prepare=prepare, borrowed=borrowed)
         if os.getppid() not in (host, 0):  # it died before the death signal was set; 0: it is outside our pid namespace
             os._exit(1)
         sock.sendall(pack(Kind.READY))
-        _serve_one(sock, model, warm_payload, address_space)
+        _serve_one(sock, model, warm_payload, address_space if limited else -1)
         status = 0
-    except SandboxError as error:
+    except SiteError as error:
         with contextlib.suppress(OSError):
             sock.sendall(pack_json(Kind.FAILED, {"code": "sandbox", "text": str(error)}))
     except BaseException:
@@ -131,6 +142,7 @@ def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output:
     import torch
 
     torch.set_num_threads(head.threads)
+    limit_device_memory(head.memory_bytes)
     try:
         payload = _decompress(payload, head.max_payload_bytes) if head.compressed else payload
     except _TooLargeError as error:
@@ -158,7 +170,9 @@ def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output:
     except BaseException as error:
         if _is_allocation_failure(error):
             return "out_of_memory", _memory_sentence(head, str(error))
-        return "user_error", _user_traceback(error, tracer)
+        if ran_out_of_device_memory(error):
+            return "out_of_memory", device_memory_sentence(head.memory_bytes, str(error))
+        return "user_error", _user_traceback(error, tracer) + fault_note(error)
     return _send_result(sock, values, head, output)
 
 
@@ -172,6 +186,10 @@ def _send_result(
     except UnsupportedValueError as error:
         return error.code, str(error)
     except Exception as error:
+        if ran_out_of_device_memory(error):
+            return "out_of_memory", device_memory_sentence(head.memory_bytes, str(error))
+        if note := fault_note(error):  # the GPU runs behind: its refusal shows when values are fetched from it
+            return "user_error", f"{type(error).__name__}: {str(error).splitlines()[0]}{note}"
         return "unsupported_value", f"The saved values cannot be sent: {error}"
     if archive.total_bytes > head.result_bytes:
         return (
@@ -268,15 +286,16 @@ def _decompress(data: bytes, most: int) -> bytes:
 
 
 def _set_limits(head: JobHead, address_space: int) -> None:
-    """Have the kernel refuse what goes far beyond the limits; `address_space` is what this process had when it was forked.
+    """Have the kernel refuse what goes far beyond the limits; `address_space` is what this process had when it was forked, or -1.
 
     It counts addresses, not memory: what was mapped for the weights is allowed for, however large. A job that unmaps
     weights could fill their addresses anew, and pages that it copies by writing to weights have addresses already: these
     the supervisor counts (`usage.Meter`).
     """
     most = address_space + head.memory_bytes + _SLACK_BYTES + head.threads * _THREAD_SLACK_BYTES
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if address_space >= 0:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
     used = int(time.process_time())
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (used + head.cpu_s, used + head.cpu_s + 5))

@@ -54,6 +54,8 @@ class SandboxSettings:
     """The host is in namespaces of its own; the runner leaves the host's user namespace too."""
     threads: int = 512
     """Counted per user id by the kernel, so it is set with `own_uid` only; the supervisor counts them in any case."""
+    devices: tuple[str, ...] = ()
+    """Device files that it may open, write and make requests of: GPUs (`devices.for_cuda`)."""
 
 
 def demand_kernel() -> None:
@@ -99,19 +101,35 @@ def settings_for(readable: tuple[str, ...], *, namespaces: bool) -> SandboxSetti
     return SandboxSettings((*folders, *readable), own_uid, search, namespaces)
 
 
-def confine(settings: SandboxSettings, keep_descriptor: int, number: int = 0) -> None:
-    """Take everything from this process but its memory and `keep_descriptor`. Raises SandboxError.
+def confine(
+    settings: SandboxSettings,
+    keep_descriptor: int,
+    number: int = 0,
+    *,
+    prepare: Callable[[], object] | None = None,
+    borrowed: tuple[int, ...] = (),
+) -> None:
+    """Take everything from this process but its memory and `keep_descriptor`. Raises SandboxError, and what `prepare` raises.
 
-    `number` tells runners that live at once apart; by default the process id does.
+    `number` tells runners that live at once apart; by default the process id does. `prepare` runs when only the system calls are
+    still open, with the descriptors `borrowed`, which are then closed: threads that it starts are confined like this one. (Landlock
+    and user namespaces hold for one thread and those that it starts later; the filter of system calls for all there are.)
     """
-    withdraw(settings, keep_descriptor, number)
-    seal(settings)
+    withdraw(settings, keep_descriptor, number, borrowed)
+    if prepare is None:
+        seal(settings)
+        return
+    seal_files(settings)
+    prepare()
+    for descriptor in borrowed:
+        os.close(descriptor)
+    seal_calls(settings)
 
 
-def withdraw(settings: SandboxSettings, keep_descriptor: int, number: int = 0) -> None:
+def withdraw(settings: SandboxSettings, keep_descriptor: int, number: int = 0, borrowed: tuple[int, ...] = ()) -> None:
     """The first half of `confine`: leave session, descriptors, user, capabilities; limit resources. Raises SandboxError."""
     os.setsid()
-    _close_descriptors(keep_descriptor)
+    _close_descriptors(keep_descriptor, *borrowed)
     if settings.own_uid:
         _take_own_uid(number or os.getpid(), search=settings.search)
     if settings.namespaces:
@@ -123,12 +141,22 @@ def withdraw(settings: SandboxSettings, keep_descriptor: int, number: int = 0) -
 
 def seal(settings: SandboxSettings) -> None:
     """The second half of `confine`: forbid files, system calls, being looked into. Raises SandboxError."""
+    seal_files(settings)
+    seal_calls(settings)
+
+
+def seal_files(settings: SandboxSettings) -> None:
+    """Forbid files and new privileges to this thread and all that it starts. Raises SandboxError."""
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise SandboxError("The kernel refused no_new_privs.")
-    restrict_files(settings.readable)
+    restrict_files(settings.readable, settings.devices)
+
+
+def seal_calls(settings: SandboxSettings) -> None:
+    """Forbid system calls and being looked into to all threads of this process. Raises SandboxError."""
     if not harden_parent():
         raise SandboxError("The runner could not be made unreadable for others.")
-    install_filter()
+    install_filter(devices=bool(settings.devices))
 
 
 def can(action: Callable[[], None]) -> bool:
@@ -144,13 +172,15 @@ def can(action: Callable[[], None]) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def _close_descriptors(keep: int) -> None:
+def _close_descriptors(*keep: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    limit = max(os.sysconf("SC_OPEN_MAX"), 4096)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, limit)
+    start = 3
+    for number in sorted(keep):
+        os.closerange(start, number)
+        start = number + 1
+    os.closerange(start, max(os.sysconf("SC_OPEN_MAX"), 4096))
 
 
 def _limit(settings: SandboxSettings) -> None:

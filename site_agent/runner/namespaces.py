@@ -73,11 +73,11 @@ class Enclosure:
         die_with_parent()
         self._own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
 
-    def close_off(self, readable: tuple[str, ...]) -> None:
+    def close_off(self, readable: tuple[str, ...], devices: tuple[str, ...] = ()) -> None:
         """Leave the machine's network, IPC and files, for good and with all later children. Raises SandboxError."""
         if self._active:
             _unshare(_NEWNS | _NEWNET | _NEWIPC, "mount, network and IPC namespaces")
-            show_only(readable)
+            show_only(readable, devices)
 
     def fork(self) -> tuple[int, int]:
         """Fork, as `os.fork`, into a pid namespace of its own; also returns a number that tells this child from others.
@@ -136,8 +136,8 @@ def _wait_for(child: int) -> NoReturn:
 # ------------------------------------------------------------------------------------------------------------- mounts
 
 
-def show_only(readable: tuple[str, ...]) -> None:
-    """Make the folders and files `readable` all that there is, read-only, with the links that lead to them.
+def show_only(readable: tuple[str, ...], devices: tuple[str, ...] = ()) -> None:
+    """Make the folders and files `readable` all that there is, read-only, with the links that lead to them, and `devices`.
 
     For a process alone in its mount namespace. Raises SandboxError.
     """
@@ -156,10 +156,10 @@ def show_only(readable: tuple[str, ...]) -> None:
             if not any(_below(link, top) for top in tops) and not os.path.lexists(_WORKSHOP + link):
                 os.makedirs(os.path.dirname(_WORKSHOP + link), exist_ok=True)
                 os.symlink(target, _WORKSHOP + link)
-        for device in _DEVICES:
+        for device in (*_DEVICES, *devices):
             _make_place(device)
         _set_attributes(_WORKSHOP, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
-        for device in _DEVICES:
+        for device in (*_DEVICES, *devices):
             _mount(device, _WORKSHOP + device, None, _MS_BIND)
             _set_attributes(_WORKSHOP + device, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NOEXEC)
         os.chdir(_WORKSHOP)

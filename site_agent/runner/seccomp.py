@@ -21,6 +21,7 @@ from edif_mesh.errors import SandboxError
 
 # BPF opcodes (linux/bpf_common.h) and seccomp return values (linux/seccomp.h).
 _LOAD, _EQUAL, _SET, _RETURN = 0x20, 0x15, 0x45, 0x06
+_MASK, _ABOVE = 0x54, 0x25
 _KILL, _ALLOW, _ERRNO = 0x80000000, 0x7FFF0000, 0x00050000
 _CLONE_THREAD, _CLONE_NEW_ANYTHING = 0x00010000, 0x7E020080
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
@@ -32,6 +33,10 @@ _FCNTL = (0, 1, 2, 3, 4, 1030)
 """F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC."""
 _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS and TIOCGWINSZ (is it a terminal?), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
+
+_NVIDIA_TYPE, _UVM_MOST, _UVM_START = 0x46, 0xFF, (0x30000001, 0x30000002)
+"""Requests of a GPU's driver: all of its type, of unified memory the small plain numbers, and the two that begin and end it. No
+socket, file or terminal knows any of them but FIBMAP and FIGETBSZ (1, 2), which tell nothing to a runner."""
 
 _NAMES = """read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn pread64 pwrite64
 readv writev sched_yield mremap madvise dup nanosleep clock_nanosleep getpid gettid sendto recvfrom shutdown getsockopt
@@ -93,8 +98,11 @@ def supported() -> bool:
     return platform.machine() in _ARCHES
 
 
-def build_filter(pid: int) -> bytes:
-    """Return the filter as BPF instructions for a process whose id is `pid`; raises SandboxError."""
+def build_filter(pid: int, *, devices: bool = False) -> bytes:
+    """Return the filter as BPF instructions for a process whose id is `pid`; raises SandboxError.
+
+    With `devices` it may also make the requests of a GPU's driver.
+    """
     arch = _ARCHES.get(platform.machine())
     if arch is None:
         raise SandboxError(f"There is no system call table for {platform.machine()}; runners cannot be confined here.")
@@ -118,6 +126,8 @@ def build_filter(pid: int) -> bytes:
     code += _only(arch.calls["prlimit64"], 0, (0,))  # 0 is the caller
     code += _only(arch.calls["prctl"], 0, _PRCTL)
     code += _only(arch.calls["fcntl"], 1, _FCNTL)
+    if devices:
+        code += _device_requests(arch.calls["ioctl"])
     code += _only(arch.calls["ioctl"], 1, _IOCTL)
     code.append((_RETURN, 0, 0, _ERRNO | errno.EPERM))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
@@ -131,9 +141,25 @@ def _only(call: int, argument: int, values: tuple[int, ...]) -> list[tuple[int, 
     return [*start, *tests, (_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
 
 
-def install_filter() -> None:
+def _device_requests(call: int) -> list[tuple[int, int, int, int]]:
+    """Allow `ioctl` for requests of a GPU's driver; anything else falls through to the next rule, with the call's number loaded."""
+    first, last = _UVM_START
+    return [
+        (_EQUAL, 0, 8, call),
+        (_LOAD, 0, 0, 24),  # the low half of the request; the kernel reads no more of it
+        (_EQUAL, 4, 0, first),
+        (_EQUAL, 3, 0, last),
+        (_ABOVE, 0, 2, _UVM_MOST),
+        (_MASK, 0, 0, 0xFF00),
+        (_EQUAL, 0, 1, _NVIDIA_TYPE << 8),
+        (_RETURN, 0, 0, _ALLOW),
+        (_LOAD, 0, 0, 0),
+    ]
+
+
+def install_filter(*, devices: bool = False) -> None:
     """Confine all threads of this process and all that they start; needs no_new_privs. Raises SandboxError."""
-    raw = build_filter(os.getpid())
+    raw = build_filter(os.getpid(), devices=devices)
     program = _Program(len(raw) // 8, raw)
     libc = ctypes.CDLL(None, use_errno=True)
     # 0 is success; above it, the id of a thread that could not be included.

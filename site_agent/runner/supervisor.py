@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from edif_mesh.domain.attempt import Receipt
 from edif_mesh.domain.job import Limits
 from edif_mesh.errors import RunnerError, SandboxError
+from site_agent.runner.device_usage import SLACK_BYTES, DeviceMeter
 from site_agent.runner.events import (
     ResultChunk,
     ResultOpened,
@@ -49,6 +50,9 @@ _WRITES_PER_S = 4 << 30
 _MAX_THREADS = 1024
 _WARM_AFTER_S = 0.1
 _GONE_S = 2.0
+_VERDICT_S = 120.0
+HOST_GONE = "their host is gone"
+"""The verdict when nobody is left to look at the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,18 @@ class RunOptions:
 class Runner:
     """A ready, confined child and the socket it speaks on; it serves one job."""
 
-    def __init__(self, sock: socket.socket, pid: int, device: str, pidfd: int = -1) -> None:
-        """`pidfd` is the runner's to close; by default one of `pid`, as this process counts."""
+    def __init__(
+        self, sock: socket.socket, pid: int, device: str, pidfd: int = -1, *, checked: bool = False,
+        device_meter: DeviceMeter | None = None,
+    ) -> None:  # fmt: skip
+        """`pidfd` is the runner's to close; by default one of `pid`, as this process counts.
+
+        With `checked` its host looks at the weights once it is dead; no success is told before.
+        """
+        self._device_meter = device_meter
         self.pid = pid
+        self.verdict: asyncio.Future[str] | None = asyncio.get_running_loop().create_future() if checked else None
+        """What the host found changed in the weights after the job; empty: nothing."""
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         """Its exit status, set by the host's report; None when the host itself is gone."""
         self._sock, self._device = sock, device
@@ -95,6 +108,7 @@ class Runner:
             result_bytes=self._result_bytes,
             device=self._device,
             log_bytes=self._log_bytes,
+            device_memory_bytes=self._device_meter.peak_bytes if self._device_meter is not None else 0,
         )
 
     async def ready(self) -> None:
@@ -155,12 +169,14 @@ class Runner:
         """Run `payload` and yield what happens; exactly one terminal event is the last. The child is dead afterwards."""
         self._stay_cold()
         self._meter.start()
+        if self._device_meter is not None:
+            self._device_meter.start()
         self._began = time.monotonic()
         limits = options.limits
         wall = asyncio.get_running_loop().call_later(limits.wall_ms / 1000, self._too_long, limits.wall_ms)
         watch = asyncio.create_task(self._watch(limits.memory_bytes, cpu_limit_ms(options)))
         failure: tuple[str, str] | None = ("protocol", "The runner ended in the middle of a sentence.")
-        terminal: RunnerEvent | None = None
+        terminal: RunnerSucceeded | RunnerFailed
         try:
             sending = asyncio.create_task(self._send(payload, options))
             try:
@@ -187,7 +203,23 @@ class Runner:
             wall.cancel()
             watch.cancel()
             self.discard()
-        yield terminal
+        yield await self._unless_weights_changed(terminal)
+
+    async def _unless_weights_changed(self, terminal: RunnerSucceeded | RunnerFailed) -> RunnerEvent:
+        if self.verdict is None:
+            return terminal
+        try:
+            changed = await asyncio.wait_for(asyncio.shield(self.verdict), _VERDICT_S)
+        except TimeoutError:
+            changed = f"its host did not look at them within {_VERDICT_S:.0f} s"
+        if not changed:
+            return terminal
+        if isinstance(terminal, RunnerFailed) and changed == HOST_GONE:
+            return terminal
+        self._result_bytes = 0
+        receipt = self.receipt
+        assert receipt is not None
+        return RunnerFailed("weights_changed", changed_sentence(changed), receipt)
 
     def _stay_cold(self) -> None:
         if self._warming is not None:
@@ -307,8 +339,12 @@ class Runner:
                 continue
             if meter.should_look(most_bytes):
                 await asyncio.to_thread(meter.look)
+            if (on_device := self._device_meter) is not None:
+                await asyncio.to_thread(on_device.read)
             if meter.memory_bytes > most_bytes:
                 self.kill("out_of_memory", _memory_sentence(meter.memory_bytes, most_bytes))
+            elif on_device is not None and on_device.memory_bytes > most_bytes + SLACK_BYTES:
+                self.kill("out_of_memory", _memory_sentence(on_device.memory_bytes, most_bytes, "memory on its GPU"))
             elif meter.last.threads > _MAX_THREADS:
                 text = f"The job started {meter.last.threads} threads; {_MAX_THREADS} are allowed. Start fewer."
                 self.kill("too_many_threads", text)
@@ -330,6 +366,8 @@ class Runner:
         if self._began is None or self._ended is not None:
             return
         self._ended = time.monotonic()
+        if self._device_meter is not None:
+            self._device_meter.read()
         if self._meter.read() and self._meter.worth_a_last_look():
             self._meter.look()
 
@@ -346,6 +384,8 @@ class Runner:
             return self._killed_because
         try:
             status = await asyncio.wait_for(asyncio.shield(self.exited), 2)
+            if status is None:  # the host is gone; its runners end a moment later
+                await self._dies()
         except TimeoutError:
             status = None
         if status is None and not self._is_dead():
@@ -358,6 +398,11 @@ class Runner:
             return "runner_crashed", "The runner was killed from outside (SIGKILL), most likely because memory ran out."
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
         return "runner_crashed", f"The runner died without a result ({name})."
+
+    async def _dies(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GONE_S):
+                await _readable(asyncio.get_running_loop(), self._pidfd)
 
     def _is_dead(self) -> bool:
         poll = select.poll()
@@ -376,7 +421,7 @@ def cpu_limit_ms(options: RunOptions) -> int:
     return limits.cpu_ms or limits.wall_ms * max(1, options.threads) + 1000
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket | int) -> None:
     readable = asyncio.Event()
     loop.add_reader(sock, readable.set)
     try:
@@ -385,10 +430,18 @@ async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Non
         loop.remove_reader(sock)
 
 
-def _memory_sentence(used: int, limit: int) -> str:
+def _memory_sentence(used: int, limit: int, what: str = "memory") -> str:
     return (
-        f"The job used {used / 1e9:,.2f} GB of memory; its limit is {limit / 1e9:,.2f} GB (beyond the model's weights; "
+        f"The job used {used / 1e9:,.2f} GB of {what}; its limit is {limit / 1e9:,.2f} GB (beyond the model's weights; "
         "weights that it changes count), so it was stopped. Keep or save less at once, or order a higher memory_bytes."
+    )
+
+
+def changed_sentence(changed: str) -> str:
+    """Return what the weights check says to a job that ended, or was stopped, when it had found a difference."""
+    return (
+        f"The site's copy of the model's weights was not intact after this job ({changed}), so its result was withheld. The site "
+        "loads the model anew; the job runs again, here or elsewhere."
     )
 
 

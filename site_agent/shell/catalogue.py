@@ -37,7 +37,8 @@ class Entry:
 
 def catalogue(config: SiteConfig) -> tuple[Entry, ...]:
     """Return every model of the settings; those that are not on this machine as FAILED, with what to do."""
-    return tuple(_entry(model, hf_cache(config)) for model in config.models)
+    gpus = hardware.cuda_devices()
+    return tuple(_entry(model, hf_cache(config), *place(model, config.device, gpus)) for model in config.models)
 
 
 def hf_cache(config: SiteConfig) -> Path:
@@ -45,7 +46,29 @@ def hf_cache(config: SiteConfig) -> Path:
     return config.hf_cache or hub_cache()
 
 
-def _entry(model: ModelConfig, cache: Path) -> Entry:
+def place(model: ModelConfig, device: str, gpus: int) -> tuple[str, str]:
+    """Return the device that `model` is loaded on at a site whose setting is `device`, and why that cannot be ("" when it can).
+
+    `auto` is the first of `gpus` GPUs, and the CPU where there is none; a device map then has nothing to spread over.
+    """
+    wanted = model.device or device
+    if wanted == "auto":
+        return ("cuda:0" if gpus else "cpu"), ""
+    if wanted == "cpu":
+        return "cpu", ""
+    wanted = "cuda:0" if wanted == "cuda" else wanted
+    if int(wanted.partition(":")[2]) < gpus:
+        return wanted, ""
+    there = (
+        f"there are {gpus} of them" if gpus else "there is no GPU with a driver, or torch was installed without CUDA"
+    )
+    return (
+        wanted,
+        f"{model.repo_id} is to be loaded on {wanted}, but {there}: set `device` to what `edif-site check` lists.",
+    )
+
+
+def _entry(model: ModelConfig, cache: Path, device: str, misplaced: str) -> Entry:
     revision, weights, problem = model.revision or "", 0, ""
     aliases: tuple[str, ...] = ()
     dtype, quantization = str(model.dtype), str(model.quantization)
@@ -58,6 +81,9 @@ def _entry(model: ModelConfig, cache: Path) -> Entry:
         problem = _problem(model, found.path, weights)
     except (EdifError, OSError, ValueError, KeyError, struct.error) as error:
         problem = str(error)
+    problem = problem or misplaced
+    on_gpu = device != "cpu"
+    device_map = model.device_map if on_gpu else None
     offer = ModelOffer(
         repo_id=model.repo_id,
         revision=revision,
@@ -72,6 +98,7 @@ def _entry(model: ModelConfig, cache: Path) -> Entry:
         quantization=quantization,
         memory_bytes=memory_bytes(weights) if weights else 0,
         pinned=model.pinned and not problem,
+        device=device if device_map is None else device_map if isinstance(device_map, str) else _devices(device_map),
     )
     spec = ModelSpec(
         repo_id=model.repo_id,
@@ -83,8 +110,15 @@ def _entry(model: ModelConfig, cache: Path) -> Entry:
         quantization=model.quantization,
         attn_implementation=model.attn_implementation,
         weights_bytes=weights,
+        device=device,
+        device_map=device_map,
+        sharing="cuda" if on_gpu else "",
     )
     return Entry(offer, spec, (model.preload or model.pinned) and not problem, problem)
+
+
+def _devices(device_map: dict[str, int | str]) -> str:
+    return ",".join(sorted({f"cuda:{name}" if isinstance(name, int) else name for name in device_map.values()}))
 
 
 def _problem(model: ModelConfig, folder: Path, weights: int) -> str:

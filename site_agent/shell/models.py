@@ -33,6 +33,8 @@ class ModelKeeper:
         self._settings, self._log_dir, self._tell = settings, log_dir, tell
         self._hosts: dict[str, ModelHost] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._alarms: dict[str, str] = {}
+        """Of models whose weights a job has changed: advertised until the agent ends, for the operator to see."""
         self._aliases: dict[str, tuple[str, ...]] = {}
 
     def load(self, repo_id: str, offer: ModelOffer) -> None:
@@ -85,13 +87,16 @@ class ModelKeeper:
             memory_bytes=memory_bytes(facts.weights_bytes, resident_bytes(facts.pid)),
             load_ms=facts.load_ms,
             attn_implementation=facts.attn_implementation,
-            detail="",
+            detail=self._alarms.get(repo_id, ""),
+            device=facts.device,
         )
         await self._tell(ModelLoaded(loaded))
         why = await asyncio.shield(host.closed)
         if self._hosts.get(repo_id) is not host:
             return  # evicted
         log.error("host lost", extra={"model": repo_id, "text": why})
+        if host.alarm:
+            self._alarms[repo_id] = host.alarm
         del self._hosts[repo_id]
         await self._tell(HostLost(repo_id, why))
         await host.close()

@@ -79,16 +79,16 @@ def test_the_profiles_hold_for_an_ordinary_user_too() -> None:
 
 # What is broken, in which profile, and what the self-test then finds a confined process to be able to do.
 SABOTAGE = {
-    "no system call filter": (BASE, "confine.install_filter = lambda: None", "a socket of AF_UNIX"),
+    "no system call filter": (BASE, "confine.install_filter = lambda **_: None", "a socket of AF_UNIX"),
     "a filter that lets fork through": (
         BASE,
         "seccomp._NAMES = [*seccomp._NAMES, 'clone']",
         "fork",
     ),
-    "no Landlock": (BASE, "probes.restrict_files = confine.restrict_files = lambda folders: None", "read a file of the agent"),
+    "no Landlock": (BASE, "probes.restrict_files = confine.restrict_files = lambda *_: None", "read a file of the agent"),
     "Landlock that allows a folder too many": (
         BASE,
-        "import tempfile; old = confine.restrict_files; probes.restrict_files = lambda f: old((*f, tempfile.gettempdir()))",
+        "import tempfile; old = confine.restrict_files; probes.restrict_files = lambda f, *_: old((*f, tempfile.gettempdir()))",
         "read a file of the agent",
     ),
     "capabilities kept": (BASE, "confine._keep_capabilities = lambda kept: None; confine._drop_bounding_set = lambda: None", ""),
@@ -100,7 +100,7 @@ SABOTAGE = {
         "namespaces.Enclosure.fork = lambda self: (os.fork(), 1); namespaces.Enclosure.enter = lambda self: None; confine.leave_users = lambda: None",
         "namespaces are still the agent's own",
     ),
-    "the machine's files": (NAMESPACED, "namespaces.show_only = lambda readable: None", "see the machine in /sys"),
+    "the machine's files": (NAMESPACED, "namespaces.show_only = lambda *_: None", "see the machine in /sys"),
     "a tree that can be written": (
         NAMESPACED,
         "namespaces._ATTR_RDONLY = 0; namespaces._MS_NODEV = 0; confine.leave_users = lambda: None; confine._take_own_uid = lambda *a, **k: None",

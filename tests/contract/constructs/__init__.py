@@ -6,6 +6,7 @@ The tests run them (`test_nnsight_constructs.py`), and `page.py` makes docs/comp
 from __future__ import annotations
 
 from tests.contract.constructs import (
+    asking,
     changing,
     essentials,
     generating,
@@ -26,7 +27,7 @@ from tests.contract.constructs.construct import Construct, constructs_of
 
 MODULES = (
     essentials, reading, changing, values, prompts, generating, python_code, mistakes, sharing, gradients, inside,
-    persisting, recipes, running, refusing,
+    persisting, recipes, running, asking, refusing,
 )  # fmt: skip
 THEMES: dict[str, tuple[Construct, ...]] = {
     (module.__doc__ or "").partition("\n")[0].rstrip("."): constructs_of(module) for module in MODULES

@@ -73,13 +73,15 @@ def loaded_again(model: Any, **options: Any) -> Any:
 
 
 def told(error: BaseException, model: Any) -> str:
-    """What a refusal says, without what differs from one run to the next: ids of tensors, names of models."""
-    text = re.sub(r"Offered are: .*", "Offered are: MODEL.", str(error).replace(model.repo_id, "MODEL"))
+    """What a refusal says, without what differs from one run to the next: ids of tensors, names of models, the line of a save."""
+    text = str(error).partition("\nRefused at once, where it is saved")[0].replace(model.repo_id, "MODEL")
+    text = re.sub(r"Offered are: .*", "Offered are: MODEL.", text)
     return re.sub(r"\d{9,}", "ID", text)
 
 
 def caught(error: BaseException) -> str:
     """The last line of an error: what it says, without the traceback that a remote one carries in its text."""
+    assert "site_agent" not in str(error), "a line of the mesh stands in a researcher's traceback"
     last = str(error).strip().splitlines()[-1]
     if "Traceback (most recent call last)" not in str(error):
         return f"{type(error).__name__}: {last}"

@@ -174,7 +174,7 @@ def attribution_patching(model: Any, remote: Any) -> Values:
 
 @construct(
     "a probe trained in a session",
-    "blog, NDIF experiments 130x faster",
+    "post, NDIF experiments 130x faster",
     "optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)",
 )
 def probe_training(model: Any, remote: Any) -> Values:
@@ -197,7 +197,7 @@ def probe_training(model: Any, remote: Any) -> Values:
 
 @construct(
     "a low-rank adapter trained through the model",
-    "tutorial, LoRA training",
+    "(an experiment of the field)",
     "model.transformer.h[0].mlp.output = out + given @ down @ up",
 )
 def adapter_training(model: Any, remote: Any) -> Values:

@@ -24,11 +24,12 @@ means that both gave the same values to the last bit, or the same error. **refus
 sees. **differs** means that nnsight itself does something else remotely, and what to write. A test whose outcome is not the
 row's is red.
 
-Tested with {versions}, on the CPU: all rows on a small GPT-2, the essentials also on GPT-2's 124M shape and on
-SmolLM2-135M (a Llama). Run them yourself: `.venv/bin/python -m pytest tests/contract/test_nnsight_constructs.py`.
+Tested with {versions}, on the CPU. All rows are
+run on a small GPT-2, the essentials also on GPT-2's 124M shape and on SmolLM2-135M (a Llama). Run them yourself: `.venv/bin/python -m pytest tests/contract/test_nnsight_constructs.py`.
 
 "Documented" names the page: `usage/...`, `patterns/...`, `remote/...` and the like in the `docs` folder of nnsight's
-repository, a docstring of the package, the README and the walkthrough notebook there, or a tutorial or a post of nnsight.net.
+repository, a docstring of the package, the README and the walkthrough notebook there, or a tutorial or a post of nnsight.net;
+experiments of the field are written with the same constructs. The code names GPT-2's modules, as those pages do.
 MODEL stands for the name of a model, ID for a number that changes.
 """
 

@@ -131,8 +131,7 @@ def cache_options(model: Any, remote: Any) -> Values:
     "reading a cache by walking",
     "usage/cache",
     "kept.transformer.h[0].output",
-    refused="'NoneType' object has no attribute 'path'",
-    note='nnsight drops the tree; write `kept["model.transformer.h.0"].output`',
+    note="by number from the front: `[-1]` needs a local trace",
 )
 def cache_walk(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote) as tracer:

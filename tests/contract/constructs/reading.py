@@ -250,3 +250,10 @@ def out_of_order(model: Any, remote: Any) -> Values:
         with tracer.invoke():
             earlier = model.transformer.h[0].output.save()
     return {"later": later, "earlier": earlier}
+
+
+@construct("what the model returned", "docstring of tracer.result", "whole = tracer.result.save()")
+def returned(model: Any, remote: Any) -> Values:
+    with model.trace(PROMPT, remote=remote) as tracer:
+        whole = tracer.result.save()
+    return {"logits": whole.logits, "kind": type(whole).__name__}

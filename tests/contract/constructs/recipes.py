@@ -42,7 +42,7 @@ def activation_patching(model: Any, remote: Any) -> Values:
 
 @construct(
     "causal tracing with noise on the subject",
-    "tutorial, causal mediation",
+    "(an experiment of the field)",
     "model.transformer.wte.output[:, 1:3] += noise",
 )
 def causal_tracing(model: Any, remote: Any) -> Values:
@@ -83,7 +83,7 @@ def steering_direction(model: Any, remote: Any) -> Values:
 
 @construct(
     "a function vector: mean head outputs added elsewhere",
-    "tutorial, function vectors",
+    "(an experiment of the field)",
     "heads = model.transformer.h[1].attn.c_proj.input",
 )
 def function_vector(model: Any, remote: Any) -> Values:
@@ -180,7 +180,7 @@ def dictionary_learning(model: Any, remote: Any) -> Values:
 
 @construct(
     "an interchange intervention in a learned basis",
-    "tutorial, boundless DAS",
+    "(an experiment of the field)",
     "rotated[:, :8] = source @ basis[:, :8]",
 )
 def interchange(model: Any, remote: Any) -> Values:
@@ -199,7 +199,7 @@ def interchange(model: Any, remote: Any) -> Values:
 
 @construct(
     "a future lens: hidden states carried to another prompt",
-    "tutorial, future lens",
+    "(an experiment of the field)",
     "model.transformer.h[1].output[:, 0] = hidden",
 )
 def future_lens(model: Any, remote: Any) -> Values:

@@ -1,4 +1,4 @@
-"""Ways to run, to wait, and to ask."""
+"""Ways to run and to wait."""
 
 from __future__ import annotations
 
@@ -230,38 +230,15 @@ def registered(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "which models there are, and whether one runs",
-    "remote/status-and-availability",
-    'state = nnsight.ndif_status()[model.repo_id]["state"]',
+    "a call without a block",
+    "docstring of Envoy.trace",
+    "whole = model.trace(PROMPT, trace=False)\nids = model.generate(PROMPT, max_new_tokens=3)",
+    note="runs on your own machine",
 )
-def status(model: Any, remote: Any) -> Values:
-    if not remote:
-        return {"state": "RUNNING"}
-    state = nnsight.ndif_status()[model.repo_id]["state"]
-    return {"state": str(getattr(state, "value", state))}
-
-
-@construct(
-    "your versions beside the site's",
-    "remote/env-comparison",
-    'packages = nnsight.ndif.get_remote_env(force_refresh=True)["packages"]\nnnsight.compare()',
-)
-def versions(model: Any, remote: Any) -> Values:
-    packages = nnsight.ndif.get_local_env()["packages"]
-    if remote:
-        packages = nnsight.ndif.get_remote_env(force_refresh=True)["packages"]
-        nnsight.compare()
-    return {"nnsight": packages["nnsight"], "transformers": packages["transformers"]}
-
-
-@construct(
-    "who you are to the mesh",
-    "docstring of nnsight.whoami",
-    "nnsight.whoami()",
-    note="the gateway signs with your key; an API key is not needed",
-)
-def identity(model: Any, remote: Any) -> Values:
-    return {"known": "@" in nnsight.whoami()["email"] if remote else True}
+def no_block(model: Any, remote: Any) -> Values:
+    whole = model.trace(PROMPT, trace=False)
+    ids = model.generate(PROMPT, max_new_tokens=3)
+    return {"logits": whole.logits, "ids": ids}
 
 
 @construct(

@@ -48,8 +48,9 @@ bench: $(STAMP) ## Measure this machine; the figures go to docs/benchmarks.md.
 sim: $(STAMP) ## Replay the simulator: make sim SEED=7 STEPS=20000.
 	$(BIN)/python -m tests.simulation.run --seeds $(or $(SEED),1) --steps $(or $(STEPS),20000)
 
-docs: $(STAMP) ## Generate docs/protocol.md from the messages.
+docs: $(STAMP) ## Generate docs/protocol.md from the messages, docs/compatibility.md from the nnsight constructs.
 	$(BIN)/python -m edif_mesh.wire.docs > docs/protocol.md
+	$(BIN)/python -m tests.contract.constructs.page > docs/compatibility.md
 
 clean: ## Remove the environment and what tests and demo left.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis out

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent / ".models" / "hub"
 TINY = "edif-test/tiny-gpt2"
 GPT2 = "openai-community/gpt2"
 DEEP = "edif-test/deep-gpt2"
+ADAPTER = "edif-test/lora"
 
 
 def cache() -> Path:
@@ -41,6 +42,30 @@ def deep_gpt2() -> str:
 def gpt2_shape() -> str:
     """The 124 M shape of GPT-2 (768 wide, 12 layers, 50257 tokens) with seeded random weights; returns its hub id."""
     return _once(GPT2, lambda folder: _gpt2(folder, layers=12, width=768, heads=12, vocabulary=50257, seed=3))
+
+
+def lora_adapter() -> Path:
+    """A LoRA adapter of the tiny model with seeded random weights, under its hub id in the cache; returns its folder."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = cache() / f"models--{ADAPTER.replace('/', '--')}"
+    if not (base / "refs" / "main").exists():
+        torch.manual_seed(5)
+        model = AutoModelForCausalLM.from_pretrained(snapshot(tiny_gpt2()))
+        lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
+        lora.save_pretrained(base / "snapshots" / ("a" * 40))
+        for path in (base / "snapshots").rglob("*.safetensors"):
+            path.chmod(0o644)  # it is written for its owner only, and runners are other users
+        (base / "refs").mkdir()
+        (base / "refs" / "main").write_text("a" * 40)
+    return snapshot(ADAPTER)
+
+
+def snapshot(repo_id: str) -> Path:
+    """The folder of a model in the cache."""
+    return next((cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots").iterdir())
 
 
 def _once(repo_id: str, build: Callable[[Path], None]) -> str:

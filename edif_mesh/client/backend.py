@@ -71,7 +71,10 @@ class MeshBackend:
         self._job, self.job_id = job, job.id
         try:
             await mesh.send(job)
-            return await job.result(on_update=self._on_update)
+            values = await job.result(on_update=self._on_update)
+            for cache in (value for value in values.values() if type(value).__name__ == "CacheView"):
+                object.__getattribute__(cache, "_cache").model = self._model  # it is walked like the model
+            return values
         finally:
             if job.printing is not None:
                 await job.printing.finish()

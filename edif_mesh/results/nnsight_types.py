@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 CACHE_MODULE = "nnsight.intervention.cache"
+ENVOY = "nnsight.intervention.envoy.Envoy"
+SERVED = frozenset({"input", "inputs", "output", "source", "iter", "device", "devices", "parent", "root"})
+"""Names that every envoy serves itself: a module of that name stands at `E_NAME`."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ import operator
 import pickle
 import pydoc
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +23,7 @@ from torch.utils.serialization import config
 
 from edif_mesh.results.archive import read
 from edif_mesh.results.archive_types import BARE, EnumRecord, Record
-from edif_mesh.results.nnsight_types import CACHE_MODULE, ActivationCache, CachedVisit, cache_state
+from edif_mesh.results.nnsight_types import CACHE_MODULE, ENVOY, SERVED, ActivationCache, CachedVisit, cache_state
 from edif_mesh.results.stored_frame import StoredFrame
 
 _Reduced = tuple[Any, ...]
@@ -66,17 +66,18 @@ class _Located:
         self.name = name
 
     def __reduce__(self) -> _Reduced:
-        return pydoc.locate, (f"{CACHE_MODULE}.{self.name}",)
+        return pydoc.locate, (self.name if "." in self.name else f"{CACHE_MODULE}.{self.name}",)
 
 
 class _Instance:
     """An object of a located class with these attributes."""
 
-    def __init__(self, name: str, state: dict[str, Any]) -> None:
-        self.name, self.state = name, state
+    def __init__(self, kind: str | _Located, state: dict[str, Any]) -> None:
+        self.kind = _Located(kind) if isinstance(kind, str) else kind
+        self.state = state
 
     def __reduce__(self) -> _Reduced:
-        return copyreg._reconstructor, (_Located(self.name), object, None), self.state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (self.kind, object, None), self.state  # type: ignore[attr-defined]
 
 
 class _ClientPickler(pickle.Pickler):
@@ -127,8 +128,29 @@ def _enum_member(value: EnumRecord) -> _Reduced:
 
 
 def _cache_view(value: ActivationCache) -> _Reduced:
-    cache = _Instance("Cache", cache_state(value.entries))
+    tree = _module_tree(value.entries)
+    cache = _Instance("Cache", {**cache_state(value.entries), "model": tree})
     return _Instance("CacheView", {"_cache": cache, "_envoy": None, "_path": value.path}).__reduce__()
+
+
+def _module_tree(paths: Iterable[str]) -> _Instance | None:
+    """The modules above what was cached, as nnsight's envoys without a module: a cache is walked like the model itself.
+
+    nnsight's own cache loses its model on the way. A negative index fails: how long a list is cannot be told from its parts.
+    """
+    below: dict[str, Any] = {}
+    for path in paths:
+        level = below
+        for name in path.split("."):
+            level = level.setdefault(name, {})
+    return next((_envoy(name, inner, _Located(ENVOY)) for name, inner in below.items()), None)
+
+
+def _envoy(path: str, below: dict[str, Any], kind: _Located) -> _Instance:
+    children = {name: _envoy(f"{path}.{name}", inner, kind) for name, inner in below.items()}
+    named = {f"E_{name}" if name in SERVED else name: child for name, child in children.items()}
+    state = {"path": path, "_module": None, "_aliases": {}, "_children": [*children.values()], "_child_map": children}
+    return _Instance(kind, {**state, **named})
 
 
 def _visit(value: CachedVisit) -> _Reduced:

@@ -42,6 +42,7 @@ from site_agent.runner.protocol import (
     pack,
     pack_json,
 )
+from site_agent.runner.rebuilding import keep_to_one_model, payload_sentence
 from site_agent.runner.saves import checked_saves, refusal
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -154,12 +155,13 @@ def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output:
             model._remoteable_set_env(dict(head.env))
         except BaseException as error:
             return "env", f"The request's environment {head.env} cannot be applied at this site: {error}"
+    keep_to_one_model()
     try:
         tracer = _deserialize(payload, model)
     except MemoryError:
         raise
     except BaseException as error:
-        return "bad_payload", _payload_sentence(error)
+        return "bad_payload", payload_sentence(error)
     try:
         with checked_saves():
             values = _execute(tracer)
@@ -252,15 +254,6 @@ def _user_traceback(error: BaseException, tracer: Any) -> str:
         return "".join(traceback.format_exception(type(error), error, found)).rstrip()
     except Exception:  # an exception that cannot even be shown
         return f"Your code raised {type(error).__name__}."
-
-
-def _payload_sentence(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"Your code needs the module {error.name!r}, which this site does not have. Define what you use in your own "
-            "script or in a local module, which is sent along, or ask the site to install it."
-        )
-    return f"The payload is not a trace that nnsight can rebuild here: {type(error).__name__}: {error}"
 
 
 # ------------------------------------------------------------------------------------------------------------ limits

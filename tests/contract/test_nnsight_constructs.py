@@ -22,20 +22,26 @@ from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.backends.remote import AsyncRemoteBackend, RemoteBackend, RemoteError
 from nnsight.modeling import huggingface
 
+from edif_mesh.client import BlockingMesh
 from edif_mesh.models import DEMO_MODEL, fetch_demo
-from tests.contract.constructs import CONSTRUCTS, PROMPT, blocks, hidden_of
-from tests.mesh import RunningMesh, environment, running_mesh
-from tests.models import cache, gpt2_shape, tiny_gpt2
+from tests.contract.comparing import same
+from tests.contract.constructs import CONSTRUCTS, ESSENTIALS, THEMES
+from tests.contract.constructs.construct import PROMPT, Construct, told
+from tests.contract.constructs.page import PAGE, refused, row
+from tests.mesh import ROOT, RunningMesh, environment, running_mesh
+from tests.models import ADAPTER, cache, gpt2_shape, lora_adapter, snapshot, tiny_gpt2
 
-ADAPTER = "edif-test/lora"
 MODELS = ("tiny", "gpt2", "smollm2")
+OTHERS = tuple(c for c in CONSTRUCTS if c not in ESSENTIALS)
+OF_THE_TINY_MODEL = {"peft_adapter", "peft_later"}
+IN_PROCESS = ("Changing values", "Values that come back", "Gradients and training", "Edits and caches")
 
 
 @pytest.fixture(scope="module")
 def ids() -> dict[str, str]:
     offline = os.environ.pop("HF_HUB_OFFLINE", None)
     fetch_demo(cache())
-    _adapter()
+    lora_adapter()
     os.environ["HF_HUB_OFFLINE"] = offline or "1"
     return {"tiny": tiny_gpt2(), "gpt2": gpt2_shape(), "smollm2": DEMO_MODEL}
 
@@ -72,38 +78,56 @@ def client_settings(mesh: RunningMesh) -> Iterator[None]:
     CONFIG.API.HOST, CONFIG.APP.REMOTE_LOGGING, CONFIG.API.COMPRESS = before
 
 
-def same(one: Any, other: Any) -> bool:
-    """Equal to the last bit, in value and in kind."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    if hasattr(one, "key_cache") or type(one).__name__.endswith("Cache"):
-        return type(one) is type(other) and all(
-            torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
-            for a, b in zip(one.layers, other.layers, strict=True)
-        )
-    return type(one) is type(other) and one == other
+@pytest.fixture(scope="module")
+def page() -> list[str]:
+    return (ROOT / PAGE).read_text().splitlines()
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("construct", CONSTRUCTS, ids=lambda construct: construct.__name__)
-def test_a_construct_gives_what_it_gives_locally(construct: Any, model: str, models: Callable[[str], Any]) -> None:
-    expected = construct(models(model), False)
+def outcome(construct: Construct, model: Any) -> str:
+    """Run a construct here and there, and say in the words of the page what came of it."""
+    expected = construct.run(model, False)
     assert expected
-    got = construct(models(model), True)
+    try:
+        got = construct.run(model, True)
+    except Exception as error:
+        return refused(told(error, model))
     assert list(got) == list(expected)
-    for name in expected:
-        assert same(expected[name], got[name]), name
+    different = [name for name in expected if not same(expected[name], got[name])]
+    if different and construct.differs is not None:
+        return f"differs: {construct.differs}"
+    return f"not the same: {different}" if different else "works"
+
+
+@pytest.mark.parametrize("construct", CONSTRUCTS, ids=lambda construct: construct.id)
+def test_a_construct_does_what_its_row_says(
+    construct: Construct, models: Callable[[str], Any], page: list[str]
+) -> None:
+    assert row(construct, outcome(construct, models("tiny"))) in page
+
+
+@pytest.mark.parametrize("model", ["gpt2", "smollm2"])
+@pytest.mark.parametrize("construct", ESSENTIALS, ids=lambda construct: construct.id)
+def test_the_essentials_do_so_on_other_models(
+    construct: Construct, model: str, models: Callable[[str], Any], page: list[str]
+) -> None:
+    assert row(construct, outcome(construct, models(model))) in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("construct", OTHERS, ids=lambda construct: construct.id)
+def test_all_others_do_so_on_a_larger_model(
+    construct: Construct, models: Callable[[str], Any], page: list[str]
+) -> None:
+    if construct.id in OF_THE_TINY_MODEL:
+        pytest.skip("the adapter is the tiny model's")
+    assert row(construct, outcome(construct, models("gpt2"))) in page
 
 
 def test_without_compression_too(models: Callable[[str], Any]) -> None:
     CONFIG.API.COMPRESS = not CONFIG.API.COMPRESS
     model = models("tiny")
-    for construct in CONSTRUCTS[:4]:
-        assert same(construct(model, False), construct(model, True))
+    for construct in ESSENTIALS[:4]:
+        assert same(construct.run(model, False), construct.run(model, True))
 
 
 def test_polling_without_waiting(models: Callable[[str], Any]) -> None:
@@ -221,8 +245,8 @@ def test_the_small_questions_are_answered(
 
 
 def test_a_peft_adapter_of_the_request(models: Callable[[str], Any]) -> None:
-    adapter = _adapter()
-    model = TransformersModel(str(_snapshot(tiny_gpt2())), task="text-generation", dispatch=True, peft=str(adapter))
+    adapter = lora_adapter()
+    model = TransformersModel(str(snapshot(tiny_gpt2())), task="text-generation", dispatch=True, peft=str(adapter))
     model.repo_id, model.peft = tiny_gpt2(), ADAPTER
     huggingface._ID_CACHE[model.repo_id] = model.repo_id
     with model.trace(PROMPT):
@@ -236,39 +260,21 @@ def test_a_peft_adapter_of_the_request(models: Callable[[str], Any]) -> None:
     assert not torch.equal(without, expected), "the adapter changes nothing: the test would not notice its absence"
 
 
-def _adapter() -> Path:
-    """A LoRA adapter of the tiny model with seeded random weights, under its hub id in the cache."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    base = cache() / f"models--{ADAPTER.replace('/', '--')}"
-    if not (base / "refs" / "main").exists():
-        torch.manual_seed(5)
-        model = AutoModelForCausalLM.from_pretrained(_snapshot(tiny_gpt2()))
-        lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
-        lora.save_pretrained(base / "snapshots" / ("a" * 40))
-        for path in (base / "snapshots").rglob("*.safetensors"):
-            path.chmod(0o644)  # it is written for its owner only, and runners are other users
-        (base / "refs").mkdir()
-        (base / "refs" / "main").write_text("a" * 40)
-    return _snapshot(ADAPTER)
+@pytest.fixture(scope="module")
+def client(mesh: RunningMesh) -> Iterator[BlockingMesh]:
+    with mesh.client() as client:
+        yield client
 
 
-def _snapshot(repo_id: str) -> Path:
-    return next((cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots").iterdir())
-
-
-@pytest.mark.parametrize("construct", CONSTRUCTS[:3], ids=lambda construct: construct.__name__)
+@pytest.mark.parametrize(
+    "construct", [*ESSENTIALS, *(c for theme in IN_PROCESS for c in THEMES[theme])], ids=lambda construct: construct.id
+)
 def test_the_python_client_does_the_same_without_a_gateway(
-    construct: Any, models: Callable[[str], Any], mesh: RunningMesh
+    construct: Construct,
+    models: Callable[[str], Any],
+    client: BlockingMesh,
+    page: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = models("tiny")
-    layers = blocks(model)
-    with mesh.client() as client, model.trace(PROMPT, backend=client.backend(model)):
-        first = hidden_of(layers[0].output).save()
-        logits = model.lm_head.output.save()
-    with model.trace(PROMPT):
-        expected_first = hidden_of(layers[0].output).save()
-        expected = model.lm_head.output.save()
-    assert torch.equal(first, expected_first)
-    assert torch.equal(logits, expected)
+    monkeypatch.setattr(TransformersModel, "_remote_backend", lambda model, *_: client.backend(model))
+    assert row(construct, outcome(construct, models("tiny"))) in page

@@ -1,21 +1,16 @@
-"""Every construct of nnsight that the mesh promises, as a researcher writes it: `construct(model, remote)` -> saved values.
+"""The essentials, on GPT-2 and on Llama.
 
-`blocks(model)` finds the list of transformer blocks, whatever the architecture calls it. Each function is run twice by the
-tests, locally and through the mesh, and must give the same values.
+`blocks(model)` finds the list of transformer blocks, whatever the architecture calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from tests.contract.constructs.construct import OTHER, PROMPT, Values, construct
 from tests.contract.local_module import Steering, norms
-
-PROMPT = "The Eiffel Tower is in the city of"
-OTHER = "hello world"
-Values = dict[str, Any]
 
 
 def blocks(model: Any) -> Any:
@@ -28,6 +23,11 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@construct(
+    "outputs and inputs of modules",
+    "usage/trace",
+    "first = hidden_of(layers[0].output).save()\ngiven = layers[1].input.save()",
+)
 def trace(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.trace(PROMPT, remote=remote):
@@ -38,6 +38,11 @@ def trace(model: Any, remote: Any) -> Values:
     return {"first": first, "given": given, "logits": logits, "last": last}
 
 
+@construct(
+    "all layers at once",
+    "usage/conditionals-and-loops",
+    "states = [hidden_of(layer.output)[:, -1] for layer in layers].save()",
+)
 def all_layers(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.trace(PROMPT, remote=remote):
@@ -45,6 +50,9 @@ def all_layers(model: Any, remote: Any) -> Values:
     return {"states": states}
 
 
+@construct(
+    "a change at every layer", "usage/access-and-modify", "for layer in layers:\n    hidden_of(layer.output)[:, 0] = 0"
+)
 def swap_at_every_layer(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.trace(PROMPT, remote=remote):
@@ -54,6 +62,9 @@ def swap_at_every_layer(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
+@construct(
+    "several traces as one job, values flowing between them", "usage/session", "with model.session(remote=True):"
+)
 def session(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.session(remote=remote):
@@ -68,6 +79,11 @@ def session(model: Any, remote: Any) -> Values:
     return {"patched": patched, "plain": plain, "difference": difference}
 
 
+@construct(
+    "generation, with a read at each step",
+    "usage/generate",
+    "for _step in tracer.iter[:4]:\n    steps.append(model.lm_head.output[0, -1].argmax())\ntokens = tracer.result.save()",
+)
 def generate(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=4, do_sample=False, remote=remote) as tracer:
         steps = list().save()
@@ -77,6 +93,7 @@ def generate(model: Any, remote: Any) -> Values:
     return {"steps": steps, "tokens": tokens}
 
 
+@construct("a backward pass", "usage/backward-and-grad", "with loss.backward():\n    gradient = middle.grad.save()")
 def gradients(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.trace(PROMPT, remote=remote):
@@ -87,6 +104,7 @@ def gradients(model: Any, remote: Any) -> Values:
     return {"gradient": gradient}
 
 
+@construct("an edited copy of the model", "usage/edit", "with model.edit() as (_tracer, edited):")
 def edit(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.edit() as (_tracer, edited):
@@ -98,6 +116,11 @@ def edit(model: Any, remote: Any) -> Values:
     return {"changed": changed, "plain": plain}
 
 
+@construct(
+    "a cache of chosen modules, with inputs",
+    "usage/cache",
+    "kept = tracer.cache(modules=[layers[0], layers[1]], include_inputs=True)",
+)
 def cache(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.trace(PROMPT, remote=remote) as tracer:
@@ -107,6 +130,7 @@ def cache(model: Any, remote: Any) -> Values:
     }
 
 
+@construct("operations inside a forward", "usage/source", "made = head.source.F_linear_0.output.save()")
 def source(model: Any, remote: Any) -> Values:
     head = model.lm_head
     with model.trace(PROMPT, remote=remote):
@@ -115,6 +139,7 @@ def source(model: Any, remote: Any) -> Values:
     return {"given": given, "made": made}
 
 
+@construct("values from one prompt to another", "usage/barrier", "meet = tracer.barrier(2)")
 def barrier(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.trace(remote=remote) as tracer:
@@ -129,6 +154,11 @@ def barrier(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
+@construct(
+    "several prompts in one pass",
+    "usage/invoke-and-batching",
+    "with tracer.invoke([OTHER, PROMPT]):\n    two = model.lm_head.output[:, -1].save()",
+)
 def batching(model: Any, remote: Any) -> Values:
     with model.trace(remote=remote) as tracer:
         with tracer.invoke(PROMPT):
@@ -140,6 +170,11 @@ def batching(model: Any, remote: Any) -> Values:
     return {"one": one, "two": two, "everything": everything}
 
 
+@construct(
+    "functions and classes of your own, also from another file",
+    "remote/register-local-modules",
+    "hidden[:] = steering.apply(hidden)\nprobed = probe(hidden).save()",
+)
 def local_helpers(model: Any, remote: Any) -> Values:
     layers, steering = blocks(model), Steering(2.0)
 
@@ -163,6 +198,11 @@ def local_helpers(model: Any, remote: Any) -> Values:
     return {"probed": probed, "lengths": lengths, "logits": logits}
 
 
+@construct(
+    "modules applied out of order",
+    "patterns/logit-lens",
+    "model.lm_head(norm(hidden_of(layer.output)))[0, -1].argmax()",
+)
 def logit_lens(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     norm = model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
@@ -171,6 +211,7 @@ def logit_lens(model: Any, remote: Any) -> Values:
     return {"guesses": guesses}
 
 
+@construct("nested containers, and the whole model output", "usage/save", "whole = model.output.save()")
 def nested(model: Any, remote: Any) -> Values:
     layers = blocks(model)
     with model.trace(PROMPT, remote=remote):
@@ -183,9 +224,3 @@ def nested(model: Any, remote: Any) -> Values:
         }.save()
         whole = model.output.save()
     return {"found": found, "whole": whole}
-
-
-CONSTRUCTS: tuple[Callable[[Any, Any], Values], ...] = (
-    trace, all_layers, swap_at_every_layer, session, generate, gradients, edit, cache, source, barrier, batching,
-    local_helpers, logit_lens, nested,
-)  # fmt: skip

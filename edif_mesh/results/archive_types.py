@@ -33,7 +33,9 @@ QUANTIZED: dict[str, torch.dtype] = {"qint8": torch.int8, "quint8": torch.uint8,
 NUMPY_KINDS = "biufcUSmM"
 """numpy dtype kinds whose bytes are plain data."""
 
-NUMPY_DTYPE = re.compile(r"[<>|][biufcUS][0-9]{1,9}|[<>][mM]8(\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")
+NUMPY_DTYPE = re.compile(
+    r"[<>|][biufcUS][0-9]{1,9}|[<>][mM]8(\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?"
+)
 """The only spellings of a numpy dtype that an archive may hold."""
 
 MODEL_OUTPUTS = ("transformers.modeling_outputs", "transformers.generation.utils")

@@ -218,6 +218,9 @@ def test_a_class_that_the_archive_names_is_never_imported() -> None:
     import sys
 
     assert "antigravity" not in sys.modules
+    model = "transformers.models.zamba.modeling_zamba"
+    assert type(read(one({"t": "model_output", "c": f"{model}.Surprise", "v": []}))["x"]).__name__ == "Record"
+    assert model not in sys.modules
 
 
 def rich_archive() -> bytes:

@@ -16,14 +16,18 @@ def test_the_values_of_a_trace_come_back() -> None:
     with model.trace(torch.arange(5)[None]) as tracer:
         cache = tracer.cache(include_inputs=True).save()
         hidden = model.transformer.h[0].output.save()
+        block = cache["model.transformer.h.0"].save()
         top = model.lm_head.output[0, -1].topk(3).save()
         output = model.output.save()
-    back = read(plan({"cache": cache, "hidden": hidden, "top": top, "output": output}).to_bytes())
+    back = read(plan({"cache": cache, "block": block, "hidden": hidden, "top": top, "output": output}).to_bytes())
     assert type(back["cache"]) is type(cache)
     assert back["cache"].keys() == cache.keys()
     for path in ("model.transformer.h.1", "model.lm_head"):
         assert_same(back["cache"][path].output, cache[path].output)
         assert_same(back["cache"][path].input, cache[path].input)
+    assert type(back["block"]) is type(cache)
+    assert_same(back["block"].output, cache["model.transformer.h.0"].output)
+    assert back["block"].keys() == block.keys() == [key for key in cache.keys() if "h.0" in key]
     assert_same(back["hidden"], hidden)
     assert_same(back["top"], top)
     assert type(back["output"]) is type(output)

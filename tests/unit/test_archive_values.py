@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import fractions
 import math
+import random
 from collections import OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pydantic
 import pytest
 import torch
 
 from edif_mesh.errors import ArchiveError, UnsupportedValueError
+from edif_mesh.results import archive_decode, archive_encode
 from edif_mesh.results.archive import StreamingReader, plan, read
 from edif_mesh.results.archive_encode import Check
-from edif_mesh.results.archive_types import DTYPES, Record
+from edif_mesh.results.archive_types import DTYPES, MAX_KEY_NODES, Record
 from tests.same_values import assert_same, assert_same_strides
 from tests.saved_values import REFUSED, SAVED
 
@@ -30,6 +35,37 @@ class Colour(enum.Enum):
 class Probe:
     weight: torch.Tensor
     layer: int
+
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+class Level(enum.StrEnum):
+    HIGH = "high"
+
+
+class Settings(pydantic.BaseModel):
+    rate: float
+
+
+Renamed = namedtuple("Renamed", "a def", rename=True)
+
+
+class Slots:
+    __slots__ = ("__hidden", "shown")
+
+    def __init__(self, number: int) -> None:
+        self.__hidden, self.shown = number, number + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    value: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seen", [self.value])
 
 
 class Plain:
@@ -171,6 +207,13 @@ def test_transformers_values() -> None:
     assert batch["input_ids"].tolist() == [1]
 
 
+def test_an_output_class_of_one_model_is_real_where_that_model_is_loaded() -> None:
+    from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput
+
+    value = GPT2DoubleHeadsModelOutput(logits=torch.ones(2), mc_logits=torch.zeros(1))
+    assert_same(through(value), value)
+
+
 def test_a_class_of_the_users_own_is_a_record_until_the_reader_names_it() -> None:
     values = {"probe": Probe(torch.ones(2), 3), "pair": Pair(1, [2]), "colour": {Colour.RED: 1}, "plain": Plain()}
     data = plan(values).to_bytes()
@@ -187,6 +230,70 @@ def test_a_class_of_the_users_own_is_a_record_until_the_reader_names_it() -> Non
     assert named["colour"] == {Colour.RED: 1}
     assert type(named["plain"]) is Plain
     assert named["plain"].score == 3.5
+
+
+def test_everything_that_an_object_is_comes_back_or_is_refused() -> None:
+    values = {"slots": Slots(1), "data": Measured(2), "member": Access.READ | Access.WRITE, "level": Level.HIGH,
+              "fields": Renamed(1, 2), "model": Settings(rate=0.5)}  # fmt: skip
+    data = plan(values).to_bytes()
+    back = read(data)
+    assert (back["slots"]._Slots__hidden, back["slots"].shown) == (1, 2)
+    assert (back["data"].value, back["data"].seen) == (2, [2]), "an attribute that is no field"
+    assert (back["member"].value, back["level"].value, back["model"].rate) == (3, "high", 0.5)
+    assert tuple(back["fields"]._fields) == ("a", "_1")
+    named = read(data, classes={f"{__name__}.{c.__name__}": c for c in (Slots, Measured, Access, Level, Renamed)})
+    assert type(named["slots"]) is Slots
+    assert (type(named["data"]), named["data"].seen) == (Measured, [2])
+    assert named["member"] is Access.READ | Access.WRITE
+    assert named["level"] is Level.HIGH
+    assert type(named["fields"]) is Renamed
+
+
+def test_a_subclass_of_a_container_comes_back_as_the_container() -> None:
+    class Acts(OrderedDict):  # type: ignore[type-arg]
+        pass
+
+    assert_same(through([Acts(a=1), type("Rows", (list,), {})([1])]), [OrderedDict(a=1), [1]])
+
+
+def test_bytes_that_were_viewed_as_bool_are_truths() -> None:
+    assert through(torch.tensor([0, 1, 7], dtype=torch.uint8).view(torch.bool)).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"key": {tuple(range(MAX_KEY_NODES)): 1}},
+        {"far": range(0, 2**70)},
+        {"random": random.Random(1)},
+        {"state": np.random.default_rng(1)},
+        {"pattern": np.array(["a"], dtype=np.dtypes.StringDType())},
+        {"offset": fractions.Fraction(1, 3**60_000)},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_what_a_reader_would_not_take_is_refused_by_the_writer(value: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedValueError) as refused:
+        plan(value)
+    assert refused.value.path.startswith(next(iter(value)))
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_writer_and_reader_count_parts_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, parts = SAVED[kind](), 1
+    while True:
+        monkeypatch.setattr(archive_encode, "MAX_NODES", parts)
+        try:
+            data = plan(values).to_bytes()
+        except UnsupportedValueError:
+            parts += 1
+            continue
+        break
+    monkeypatch.setattr(archive_decode, "MAX_NODES", parts)
+    read(data)
+    monkeypatch.setattr(archive_decode, "MAX_NODES", parts - 1)
+    with pytest.raises(ArchiveError, match="too large"):
+        read(data)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -114,8 +114,14 @@ def build_advert(state: State, now: Now) -> Advert:
         limits=policy.limits,
         attempts=tuple(AttemptRef(held.job, held.attempt, held.status) for held in state.held.values()),
         sandbox=state.sandbox,
-        note=state.note,
+        note=_note(state),
         models_bytes=policy.models_bytes,
         free_models_bytes=state.free_models_bytes,
         evictable_bytes=evictable_bytes(state, now),
     )
+
+
+def _note(state: State) -> str:
+    """What the operator should see: the agent's own trouble, and models that were loaded anew for an alarm."""
+    alarms = [model.offer.detail for model in state.models.values() if model.loaded and model.offer.detail]
+    return " ".join([*filter(None, [state.note]), *alarms])

@@ -34,6 +34,8 @@ class Row:
     here_cpu_ms: list[float] = field(default_factory=list)
     there_cpu_ms: list[float] = field(default_factory=list)
     """Processor time of this process, and of the runner, where it was counted: steadier than time on a busy machine."""
+    failed: str = ""
+    """Why the other way could not run it; then only `here_ms` says something."""
     equal: bool = True
     """Every result was equal to the bit to the in-process one."""
 
@@ -85,6 +87,7 @@ def fit(rows: list[Row]) -> tuple[float, float]:
 
     The weights let short traces say what is fixed and keep one long trace from settling everything.
     """
+    rows = [row for row in rows if not row.failed]
     weights = [1 / row.here for row in rows]
     total = sum(weights)
     x = sum(w * row.here for w, row in zip(weights, rows, strict=True)) / total
@@ -103,6 +106,8 @@ COLUMNS = ("in-process ms", "there ms", "difference", "ratio", "over the aim by"
 
 def cells(row: Row) -> tuple[str, ...]:
     """Return one row under COLUMNS."""
+    if row.failed:
+        return (f"{row.here:.1f}", "failed", "", "", "", "", "")
     over = row.there - (AIM_RATIO * row.here + AIM_MS)
     return (
         f"{row.here:.1f}",
@@ -124,8 +129,10 @@ def plain_table(report: Report) -> str:
         for row in rows
     ]
     a, b = fit(report.rows)
+    failures = [f"{row.model}, {row.trace} failed: {row.failed}" for row in report.rows if row.failed]
     return "\n".join(
         [
+            *failures,
             f"{report.what}: {report.conditions}; medians of {report.runs}",
             *lines,
             f"fit: {a:.2f} x in-process {b:+.1f} ms",

@@ -98,6 +98,7 @@ async def _on_trace(host: Any, model: Any, subject: traces.Subject, name: str, r
     payload = traces.payload_of(trace, model, subject.blocks)
     for number in range(WARM_UPS + runs):
         await settled(host)
+        model._module.zero_grad(set_to_none=True)  # as in a fresh process: no gradient is added to one that is there
         began = time.perf_counter()
         here, here_cpu_ms = _with_cpu(trace, model, subject.blocks)
         here_ms = (time.perf_counter() - began) * 1000

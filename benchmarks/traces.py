@@ -112,6 +112,12 @@ def prepare_cache() -> Path:
     return models.cache()
 
 
+def folder_of(repo_id: str, cache: Path) -> Path:
+    """Return the folder of a cached model."""
+    base = cache / f"models--{repo_id.replace('/', '--')}"
+    return base / "snapshots" / (base / "refs" / "main").read_text().strip()
+
+
 def load(repo_id: str) -> Any:
     """Load a model for runs in this process, as a model host loads it."""
     import torch

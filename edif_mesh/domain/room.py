@@ -36,20 +36,14 @@ class Plan:
 def plan_room(need_bytes: int, budget_bytes: int, residents: Sequence[Resident]) -> Plan:
     """Return what to evict so that `need_bytes` more fit into the budget (0: there is no bound).
 
-    Least recently used first, until it is enough; then what turns out not to be needed stays, the most recently used
-    first. Nothing is evicted for a model that would not fit all the same.
+    Of all that may go, as much as possible stays, the most recently used first: so the least recently used go, and none
+    that need not. Nothing is evicted for a model that would not fit all the same.
     """
     over = need_bytes + sum(item.memory_bytes for item in residents) - budget_bytes
     if budget_bytes <= 0 or over <= 0:
         return Plan()
-    free = sorted((item for item in residents if not item.kept), key=lambda item: (item.used_at_ms, item.repo_id))
-    chosen: list[Resident] = []
-    freed = 0
-    for item in free:
-        if freed >= over:
-            break
-        chosen.append(item)
-        freed += item.memory_bytes
+    chosen = sorted((item for item in residents if not item.kept), key=lambda item: (item.used_at_ms, item.repo_id))
+    freed = sum(item.memory_bytes for item in chosen)
     if freed < over:
         return Plan(short_bytes=over - freed)
     for item in reversed(list(chosen)):

@@ -154,11 +154,40 @@ def test_preloads_take_what_is_free_and_evict_nothing() -> None:
     desk.loaded(B)
     desk.ticks()
     assert (desk.loading, desk.evicting) == ([], [])
-    desk.asks(C)
+
+
+def test_what_was_evicted_comes_back_only_when_it_is_asked_for() -> None:
+    desk = AgentDesk([an_offer(A, GB), an_offer(B, GB)], GB, preload=(A,))
+    desk.ticks()
+    desk.loaded(A)
+    desk.asks(B)
     desk.evicted(A)
-    desk.loaded(C)
+    desk.loading.clear()
+    desk.happens(ev.ModelFailed(B, "no memory"))
     desk.ticks(10**6)
-    assert (desk.loading, desk.evicting) == ([], []), "what was evicted comes back only when it is asked for"
+    assert desk.loading == []
+
+
+def test_a_preload_that_failed_evicts_nothing_when_it_is_tried_again() -> None:
+    desk = AgentDesk([an_offer(A, GB), an_offer(B, GB)], GB, preload=(A,))
+    desk.ticks()
+    desk.loading.clear()
+    desk.happens(ev.ModelFailed(A, "no memory"))
+    key = desk.asks(B)
+    desk.loaded(B)
+    desk.ends(key)
+    desk.ticks(10**6)
+    assert desk.evicting == []
+
+
+def test_a_long_run_counts_as_use_until_its_end() -> None:
+    desk = a_desk()
+    long = desk.asks(A)
+    desk.uses(B)
+    desk.ticks()
+    desk.ends(long)
+    desk.asks(C)
+    assert desk.evicting == [B]
 
 
 def test_a_model_that_is_asked_for_while_it_leaves_comes_back() -> None:

@@ -125,6 +125,10 @@ class _Capture:
         self.payload = RequestModel.serialize(tracer, False)
 
 
+_WARM_UP_PROMPT = "Before it is lent, a runner reads one short sentence."
+"""About as long as what a job sends, so that a job's first forward finds its pages written already."""
+
+
 def _warm_up(model: Any) -> bytes | None:
     """Run a small trace of our own through the whole path; returns it, or None for models that take no token ids."""
     payload = capture_warm_up(model)
@@ -138,14 +142,21 @@ def _warm_up(model: Any) -> bytes | None:
 
 
 def capture_warm_up(model: Any) -> bytes | None:
-    """Return a small trace of our own, not run; None for models that no such trace can be made for."""
+    """Return a small trace of our own, not run; None for models that no such trace can be made for.
+
+    It reads, swaps, and asks for a gradient: of a number of its own, since those of the weights would take as much memory.
+    """
     import torch
 
     capture = _Capture()
-    prompt = "Warm up." if model.tokenizer is not None else torch.tensor([[1, 2, 3]])
+    prompt = _WARM_UP_PROMPT if model.tokenizer is not None else torch.tensor([list(range(1, 13))])
     try:
         with model.trace(prompt, backend=capture):
-            warm = model.output.save()  # noqa: F841
+            number = torch.ones(1, requires_grad=True)
+            with (number * 2).sum().backward():
+                slope = number.grad.save()  # noqa: F841
+            warm = model.output.save()
+            model.output = warm
             print("", end="")
     except Exception as error:
         print(f"warm-up skipped: {error!r}", file=sys.stderr, flush=True)

@@ -105,6 +105,7 @@ def _hand_over_meter(sock: socket.socket, proc: int) -> None:
 
 
 def _serve_one(sock: socket.socket, model: Any, warm_payload: bytes | None, address_space: int) -> None:
+    objects = model._remoteable_persistent_objects()
     kind, length = HEAD.unpack(_receive(sock, HEAD.size))
     while kind == Kind.WARM:
         _warm_up(warm_payload, model)
@@ -118,7 +119,7 @@ def _serve_one(sock: socket.socket, model: Any, warm_payload: bytes | None, addr
     sys.stdout = sys.stderr = output
     sock.sendall(pack(Kind.STARTED))
     try:
-        failure = _run(sock, model, head, bytes(payload), output)
+        failure = _run(sock, model, head, bytes(payload), output, objects)
     except MemoryError:
         failure = "out_of_memory", _memory_sentence(head)
     if failure is not None:
@@ -136,9 +137,13 @@ def _warm_up(payload: bytes | None, model: Any) -> None:
         with contextlib.suppress(Exception), checked_saves():
             plan(execute(payload, model)).to_bytes()
         forget_warm_up()
+        gc.collect()  # the job then gets memory that has been written to already
+        gc.freeze()
 
 
-def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter) -> tuple[str, str] | None:
+def _run(
+    sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter, objects: dict[str, Any]
+) -> tuple[str, str] | None:
     """Run the job; returns None after the result was sent, else the failure's code and text."""
     import torch
 
@@ -153,11 +158,17 @@ def _run(sock: socket.socket, model: Any, head: JobHead, payload: bytes, output:
     if head.env:
         try:
             model._remoteable_set_env(dict(head.env))
+            objects = model._remoteable_persistent_objects()
         except BaseException as error:
             return "env", f"The request's environment {head.env} cannot be applied at this site: {error}"
     keep_to_one_model()
     try:
-        tracer = _deserialize(payload, model)
+        # A payload holds an envoy for every module, thousands of objects that live as long as the job. Left to itself, the
+        # collector looks at them again and again, for longer than all the rest takes.
+        gc.disable()
+        tracer = _deserialize(payload, objects)
+        gc.freeze()
+        gc.enable()
     except MemoryError:
         raise
     except BaseException as error:
@@ -211,13 +222,14 @@ def _send_result(
 
 def execute(payload: bytes, model: Any) -> dict[str, Any]:
     """Open an uncompressed payload against `model`, run it, and return the saved values by name."""
-    return _execute(_deserialize(payload, model))
+    return _execute(_deserialize(payload, model._remoteable_persistent_objects()))
 
 
-def _deserialize(payload: bytes, model: Any) -> Any:
+def _deserialize(payload: bytes, objects: dict[str, Any]) -> Any:
+    """Rebuild the tracer; `objects` are the model's parts by the ids that a payload names."""
     from nnsight.schema.request import RequestModel
 
-    return RequestModel.deserialize(payload, model._remoteable_persistent_objects(), False)
+    return RequestModel.deserialize(payload, objects, False)
 
 
 def _execute(tracer: Any) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class SiteConfig:
     """For runners, beyond the models; 0 means 80 % of what is free at start, less `models_bytes`."""
     models_bytes: int = 0
     """For loaded models together: their weights, and 0.47 GB for the process of each. 0 means what all of them need; at most
-    half of 80 % of what is free at start, or what `memory_bytes` leaves of it where that is more."""
+    half of 80 % of what is free at start, or what `memory_bytes` leaves of it where that is more. At a site whose models lie on
+    GPUs it speaks of the GPUs' memory together, of which 0 gives 80 % of what is free at most."""
     min_residency_s: int = 600
     """A model that was loaded stays for so long before another one may take its place."""
     hf_cache: Path | None = None

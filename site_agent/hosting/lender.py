@@ -276,7 +276,8 @@ class ModelHost:
         return sum(1 for task in self._tasks if task.get_name() == "warming")
 
     async def _loaded(self, on_progress: Callable[[str], None]) -> None:
-        progress = LoadingProgress(self.spec.weights_bytes, on_progress)
+        # Shared weights come into another process's memory, or a GPU's: how far is not seen from outside.
+        progress = LoadingProgress(0 if self.spec.sharing else self.spec.weights_bytes, on_progress)
         try:
             await self._loading(progress)
         finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edif_mesh.config import SiteConfig
 from edif_mesh.domain.room import Resident, never_fits
-from edif_mesh.domain.site import ModelState
+from edif_mesh.domain.site import Device, ModelState
 from edif_mesh.errors import ConfigError
 from site_agent import hardware
 from site_agent.shell.catalogue import Entry, catalogue
@@ -29,7 +30,11 @@ def offered(config: SiteConfig) -> tuple[tuple[Entry, ...], Shares]:
     Raises ConfigError, with the arithmetic, for settings that cannot be kept.
     """
     entries = catalogue(config)
-    shares = share_memory(config, entries, hardware.free_memory_bytes(), hardware.memory_bytes())
+    free, machine = hardware.free_memory_bytes(), hardware.memory_bytes()
+    if any(entry.on_gpu for entry in entries):
+        shares = share_gpus(config, entries, hardware.gpus(), free, machine)
+    else:
+        shares = share_memory(config, entries, free, machine)
     return within(entries, shares.models_bytes, config.site), shares
 
 
@@ -39,24 +44,39 @@ def share_memory(config: SiteConfig, entries: tuple[Entry, ...], free_bytes: int
     Raises ConfigError when both together exceed the machine, or the pinned models the share of the models.
     """
     usable = int(free_bytes * _USABLE)
-    loadable = [entry.offer for entry in entries if not entry.problem]
-    pinned = [offer for offer in loadable if offer.pinned]
-    wanted = sum(offer.takes_bytes for offer in loadable)
-    kept = sum(offer.takes_bytes for offer in pinned)
+    wanted, kept = _needed(entries)
     most = max(kept, usable // 2, free_bytes - config.memory_bytes if config.memory_bytes else 0)
     models = config.models_bytes or min(wanted, most, max(0, machine_bytes - config.memory_bytes))
-    if kept > models:
-        listed = " + ".join(f"{offer.repo_id} {_gb(offer.takes_bytes)}" for offer in pinned)
-        raise ConfigError(
-            f"The pinned models need {_gb(kept)} together ({listed}), but models_bytes gives {_gb(models)} to all models. "
-            "Raise models_bytes, or pin fewer."
-        )
+    _demand_room_for_pinned(entries, kept, models)
     if models + config.memory_bytes > machine_bytes or (wanted and not models):
         raise ConfigError(
             f"models_bytes {_gb(config.models_bytes)} + memory_bytes {_gb(config.memory_bytes)} leave no room: "
             f"this machine has {_gb(machine_bytes)}. Lower either."
         )
     return Shares(models, config.memory_bytes or max(0, usable - models))
+
+
+def share_gpus(
+    config: SiteConfig, entries: tuple[Entry, ...], gpus: Sequence[Device], free_bytes: int, machine_bytes: int
+) -> Shares:
+    """As `share_memory` where models lie on GPUs: models get a share of the GPUs' memory, runners one of the machine's.
+
+    All GPUs count together, as a device map sees them; a model that fits into their sum and into none of them fails when it
+    is loaded, with the driver's word. What GPUs have beside models is for the runners' own use of them. Not yet measured.
+    """
+    wanted, kept = _needed(entries)
+    free, total = sum(gpu.free_bytes for gpu in gpus), sum(gpu.memory_bytes for gpu in gpus)
+    models = config.models_bytes or min(wanted, max(kept, int(free * _USABLE)))
+    _demand_room_for_pinned(entries, kept, models)
+    if models > total:
+        raise ConfigError(
+            f"models_bytes {_gb(models)} is more than the GPUs of this machine have: {_gb(total)}. Lower it, or load fewer models."
+        )
+    if config.memory_bytes > machine_bytes:
+        raise ConfigError(
+            f"memory_bytes {_gb(config.memory_bytes)} is more than this machine has: {_gb(machine_bytes)}. Lower it."
+        )
+    return Shares(models, config.memory_bytes or int(free_bytes * _USABLE))
 
 
 def within(entries: tuple[Entry, ...], models_bytes: int, site: str) -> tuple[Entry, ...]:
@@ -71,6 +91,23 @@ def _marked(entry: Entry, pinned: list[Resident], models_bytes: int, site: str) 
         return entry
     return replace(
         entry, preload=False, problem=problem, offer=replace(entry.offer, state=ModelState.FAILED, detail=problem)
+    )
+
+
+def _needed(entries: tuple[Entry, ...]) -> tuple[int, int]:
+    """What all models that can be loaded take together, and what the pinned ones of them do."""
+    loadable = [entry.offer for entry in entries if not entry.problem]
+    return sum(o.takes_bytes for o in loadable), sum(o.takes_bytes for o in loadable if o.pinned)
+
+
+def _demand_room_for_pinned(entries: tuple[Entry, ...], kept: int, models_bytes: int) -> None:
+    if kept <= models_bytes:
+        return
+    pinned = [entry.offer for entry in entries if entry.offer.pinned and not entry.problem]
+    listed = " + ".join(f"{offer.repo_id} {_gb(offer.takes_bytes)}" for offer in pinned)
+    raise ConfigError(
+        f"The pinned models need {_gb(kept)} together ({listed}), but models_bytes gives {_gb(models_bytes)} to all models. "
+        "Raise models_bytes, or pin fewer."
     )
 
 

@@ -34,6 +34,11 @@ class Entry:
     preload: bool
     problem: str = ""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its weights lie in the memory of GPUs."""
+        return self.spec.device != "cpu"
+
 
 def catalogue(config: SiteConfig) -> tuple[Entry, ...]:
     """Return every model of the settings; those that are not on this machine as FAILED, with what to do."""

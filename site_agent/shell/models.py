@@ -84,7 +84,8 @@ class ModelKeeper:
             state=ModelState.LOADED,
             dtype=facts.dtype,
             weights_bytes=facts.weights_bytes,
-            memory_bytes=memory_bytes(facts.weights_bytes, resident_bytes(facts.pid)),
+            # Shared weights are not in that process: they, and their GPU, are reckoned.
+            memory_bytes=memory_bytes(facts.weights_bytes, 0 if facts.sharing else resident_bytes(facts.pid)),
             load_ms=facts.load_ms,
             attn_implementation=facts.attn_implementation,
             detail=self._alarms.get(repo_id, ""),

@@ -10,10 +10,10 @@ import pytest
 
 from edif_mesh.config import ModelConfig, SiteConfig
 from edif_mesh.domain.ids import FederationId, SiteId
-from edif_mesh.domain.site import ModelState
+from edif_mesh.domain.site import Device, ModelState
 from edif_mesh.errors import ConfigError
 from site_agent.hosting.spec import ModelSpec
-from site_agent.shell.budget import share_memory, within
+from site_agent.shell.budget import share_gpus, share_memory, within
 from site_agent.shell.catalogue import Entry, catalogue
 from tests import models
 from tests.builders_agent import an_offer
@@ -71,6 +71,37 @@ def test_settings_that_cannot_be_kept_are_refused_with_the_arithmetic(
 ) -> None:
     with pytest.raises(ConfigError, match=text):
         share_memory(a_config(**settings), entries(3, 3, pinned=pinned), 20 * GB, 24 * GB)
+
+
+GPUS = (Device("cuda", "one", 80 * GB, 60 * GB), Device("cuda", "two", 80 * GB, 70 * GB))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "models_gb", "runners_gb"),
+    [
+        ({}, (2, 3), 5, 16),  # the machine's memory is the runners' alone
+        ({}, (90, 90), 104, 16),  # 80 % of what the GPUs have free
+        ({"models_bytes": 150 * GB, "memory_bytes": 20 * GB}, (90, 90), 150, 20),
+    ],
+)
+def test_models_on_gpus_share_the_gpus_memory_not_the_machines(
+    settings: dict[str, int], sizes: tuple[int, ...], models_gb: int, runners_gb: int
+) -> None:
+    shares = share_gpus(a_config(**settings), entries(*sizes), GPUS, 20 * GB, 24 * GB)
+    assert (shares.models_bytes, shares.runners_bytes) == (models_gb * GB, runners_gb * GB)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"models_bytes": 161 * GB}, r"161.00 GB is more than the GPUs of this machine have: 160.00 GB"),
+        ({"memory_bytes": 25 * GB}, r"memory_bytes 25.00 GB is more than this machine has: 24.00 GB"),
+        ({"models_bytes": 2 * GB}, r"pinned models need 3.00 GB .* models_bytes gives 2.00 GB"),
+    ],
+)
+def test_settings_that_gpus_cannot_keep_are_refused_with_the_arithmetic(settings: dict[str, int], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        share_gpus(a_config(**settings), entries(3, 3, pinned=1), GPUS, 20 * GB, 24 * GB)
 
 
 def test_a_model_beside_which_the_pinned_ones_leave_no_room_is_offered_as_failed() -> None:

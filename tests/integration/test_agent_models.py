@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -33,9 +34,9 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
         yield site
 
 
-async def asks(site: Site, repo_id: str, payload: bytes | None = None) -> Order:
+async def asks(site: Site, repo_id: str, payload: bytes | None = None, **changes: Any) -> Order:
     """An order for the model, granted."""
-    order = await site.coordinator.order(payload or traces.one_read(), model=ModelRef(repo_id))
+    order = await site.coordinator.order(payload or traces.one_read(), model=ModelRef(repo_id), **changes)
     await site.coordinator.place(order)
     return order
 
@@ -93,7 +94,7 @@ async def test_models_come_and_go_as_they_are_asked_for(site: Site) -> None:
 
     await coordinator.until(lambda: coordinator.adverts[-1].evictable_bytes > 0)
     seen = len(coordinator.adverts)
-    second = await asks(site, SECOND)
+    second = await asks(site, SECOND, env={"attn_implementation": "sdpa"})  # for itself: the host's own is eager
     report = await coordinator.ended(second)
     assert report.status is AttemptStatus.SUCCEEDED, report
     await coordinator.until(lambda: offer(site, SECOND).state is ModelState.LOADED)
@@ -105,6 +106,7 @@ async def test_models_come_and_go_as_they_are_asked_for(site: Site) -> None:
     for advert in coordinator.adverts:
         held = [o for o in advert.models if o.state in (ModelState.LOADED, ModelState.EVICTING)]
         assert sum(o.memory_bytes for o in held) <= BUDGET
+    assert offer(site, SECOND).attn_implementation == "eager"
     assert offer(site, SECOND).used_at_ms > 0
     assert offer(site, FIRST).evictable_at_ms == 0
 

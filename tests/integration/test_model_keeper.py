@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -92,6 +94,30 @@ async def test_what_was_reckoned_is_what_is_loaded_and_an_evicted_model_leaves_n
         assert heard.alive[-1] <= before, "a process of the evicted model was there when its memory was called free"
         assert not [event for event in heard.events if isinstance(event, HostLost)]
     finally:
+        await keeper.close()
+
+
+async def test_an_eviction_waits_for_a_runner_that_dies_late(tmp_path: Path) -> None:
+    spec, heard = a_spec(models.tiny_gpt2()), Heard()
+    keeper = ModelKeeper([spec], HostSettings(ready_children=0, hf_cache=models.cache()), tmp_path, heard.tell)
+    runner = await asyncio.create_subprocess_exec("sleep", "600")
+    try:
+        keeper.load(spec.repo_id, an_offer(spec))
+        await heard.until(ModelLoaded, ModelFailed)
+        (host,) = keeper._hosts.values()
+        # No runner outlives a SIGKILL for long; this one stands for the moment in which it still holds memory.
+        host._children[-1] = SimpleNamespace(pid=runner.pid, has_exited=lambda status: None)  # type: ignore[assignment]
+        keeper.evict(spec.repo_id)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(heard.until(ModelEvicted), 1)
+        assert not psutil.pid_exists(host.facts.pid), "the host itself was not ended"
+        runner.kill()
+        await heard.until(ModelEvicted)
+        assert not [event for event in heard.events if isinstance(event, HostLost)]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            runner.kill()
+        await runner.wait()
         await keeper.close()
 
 

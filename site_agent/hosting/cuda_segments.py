@@ -48,23 +48,23 @@ class CudaVmm:
         self._made: list[_Made] = []
 
     @classmethod
-    def problem(cls, library: Any = None) -> str:
-        """Return why this kind cannot be used on the visible devices, by trying it; empty when it can."""
+    def problem(cls, devices: list[str], library: Any = None) -> str:
+        """Return why this kind cannot be used on `devices`, by trying it; empty when it can."""
         store = cls(library)
         driver = store._driver
         try:
-            for number in range(driver.device_count()):
+            for device in devices:
                 for attribute, what in _NEEDED:
-                    if not driver.attribute(attribute, number):
-                        return f"cuda:{number} has no {what}."
-                store._made.clear()
-                store.create(Segment(f"cuda:{number}", 1))
+                    if not driver.attribute(attribute, _number(device)):
+                        return f"{device} has no {what}."
+                store.create(Segment(device, 1))
                 [(handle, descriptor)] = store.publish()
                 try:
                     mapped = store.attach(handle, descriptor)
                 finally:
                     os.close(descriptor)
-                driver.unmap(mapped.pointer, mapped.size_bytes)
+                with driver.on(_number(device)):
+                    driver.unmap(mapped.pointer, mapped.size_bytes)
         except ModelLoadError as error:
             return str(error)
         return ""

@@ -44,6 +44,8 @@ _CHECK_S = 60.0
 _CUDA = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # `cuda:1` means what the driver's own tools call 1
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # the fork server may be asked whether there is CUDA, and must not start it
+    # Weights that moved into segments are given back page by page, not when all of a large block is free.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "CUDA_CACHE_DISABLE": "1",  # runners write no file
     "CUDA_MPS_PIPE_DIRECTORY": "/nonexistent",  # never MPS: a fault of one of its clients ends all of them
 }

@@ -264,11 +264,13 @@ def test_ipc_hands_over_a_handle_that_opens_the_same_memory_on_its_device() -> N
 
 def test_virtual_memory_is_tried_before_it_is_chosen() -> None:
     library = PlayedDriver()
-    assert CudaVmm.problem(library) == ""
+    assert CudaVmm.problem(["cuda:0", "cuda:1"], library) == ""
     assert (library.handles, library.reserved, library.mapped) == ({}, {}, {})
     refused = PlayedDriver(cuMemExportToShareableHandle=NOT_SUPPORTED)
-    assert "cuMemExportToShareableHandle: CUDA_ERROR_NOT_SUPPORTED" in CudaVmm.problem(refused)
-    assert "CUDA_ERROR_NOT_PERMITTED" in CudaVmm.problem(PlayedDriver(cuMemImportFromShareableHandle=NOT_PERMITTED))
+    assert "cuMemExportToShareableHandle: CUDA_ERROR_NOT_SUPPORTED" in CudaVmm.problem(["cuda:1"], refused)
+    assert "CUDA_ERROR_NOT_PERMITTED" in CudaVmm.problem(
+        ["cuda:0"], PlayedDriver(cuMemImportFromShareableHandle=NOT_PERMITTED)
+    )
 
 
 def test_a_driver_that_does_not_start_is_named() -> None:

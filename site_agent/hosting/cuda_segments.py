@@ -12,7 +12,6 @@ from typing import Any
 
 from edif_mesh.errors import ModelLoadError
 from site_agent.hosting.cuda_driver import (
-    CUDA_ERROR_OUT_OF_MEMORY,
     POSIX_FILE_DESCRIPTOR_SUPPORTED,
     PROT_READ,
     PROT_READWRITE,
@@ -23,8 +22,6 @@ from site_agent.hosting.cuda_driver import (
 )
 from site_agent.hosting.manifest import Segment
 from site_agent.hosting.segments import Handle, Mapped
-
-__all__ = ["CUDA_ERROR_OUT_OF_MEMORY", "CudaIpc", "CudaVmm"]
 
 _NEEDED = (
     (VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "virtual memory management"),

@@ -236,10 +236,12 @@ class ModelHost:
         """A runner that had a job is dead: only now can nothing of it change the weights any more."""
         assert runner.verdict is not None
         changed = HOST_GONE
-        with contextlib.suppress(OSError):
-            changed = await self.check_weights()
-        if not runner.verdict.done():
-            runner.verdict.set_result(changed)
+        try:
+            with contextlib.suppress(OSError):
+                changed = await self.check_weights()
+        finally:  # also when this host is being closed: somebody waits
+            if not runner.verdict.done():
+                runner.verdict.set_result(changed)
 
     async def close(self) -> None:
         """End the host and all its runners."""

@@ -20,7 +20,7 @@ from site_agent.hosting.lender import HostSettings, ModelHost
 from site_agent.hosting.spec import ModelSpec
 from site_agent.hosting.stores import CUDA_IPC, CUDA_VMM
 from tests import models, traces
-from tests.hosted import run
+from tests.hosted import played
 
 LIMITS = Limits(wall_ms=600_000, memory_bytes=8 << 30, result_bytes=1 << 30, log_bytes=100_000)
 
@@ -73,15 +73,13 @@ async def measure(spec: ModelSpec, cache: Path, runs: int) -> dict[str, float]:
             assert not await host.check_weights()
             checks.append((time.perf_counter() - began) * 1000)
         for _ in range(runs):
-            host.replenish()
-            lent = await host.lend()
-            lent.discard()
+            waiting = await host.lend()
             began = time.perf_counter()
-            ended = await run(host, traces.one_read(), LIMITS)
+            ended = await played(waiting, traces.one_read(), LIMITS)
             assert ended.values
             jobs.append((time.perf_counter() - began) * 1000)
         found["fork to ready runner, ms"] = statistics.median(ready)
-        found["one read, runner made for it, ms"] = statistics.median(jobs)
+        found["one read with its weights check, ms"] = statistics.median(jobs)
         found["weights check, ms"] = statistics.median(checks)
         found["weights check, GB/s"] = host.facts.weights_bytes / 1e6 / found["weights check, ms"]
     finally:

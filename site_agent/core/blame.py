@@ -18,7 +18,8 @@ _USER = frozenset(
         "env",
     }
 )
-_RUNNER = frozenset({"runner_crashed", "protocol"})
+_RUNNER = frozenset({"runner_crashed", "protocol", "weights_changed"})
+"""Every job that ran while shared weights changed is suspect: it runs again elsewhere, and a second time is once too often."""
 
 
 def blame_of(code: str) -> Blame:

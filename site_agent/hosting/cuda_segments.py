@@ -12,7 +12,6 @@ from typing import Any
 
 from edif_mesh.errors import ModelLoadError
 from site_agent.hosting.cuda_driver import (
-    CUDA_ERROR_OUT_OF_MEMORY,
     POSIX_FILE_DESCRIPTOR_SUPPORTED,
     PROT_READ,
     PROT_READWRITE,
@@ -23,8 +22,6 @@ from site_agent.hosting.cuda_driver import (
 )
 from site_agent.hosting.manifest import Segment
 from site_agent.hosting.segments import Handle, Mapped
-
-__all__ = ["CUDA_ERROR_OUT_OF_MEMORY", "CudaIpc", "CudaVmm"]
 
 _NEEDED = (
     (VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "virtual memory management"),
@@ -48,23 +45,23 @@ class CudaVmm:
         self._made: list[_Made] = []
 
     @classmethod
-    def problem(cls, library: Any = None) -> str:
-        """Return why this kind cannot be used on the visible devices, by trying it; empty when it can."""
+    def problem(cls, devices: list[str], library: Any = None) -> str:
+        """Return why this kind cannot be used on `devices`, by trying it; empty when it can."""
         store = cls(library)
         driver = store._driver
         try:
-            for number in range(driver.device_count()):
+            for device in devices:
                 for attribute, what in _NEEDED:
-                    if not driver.attribute(attribute, number):
-                        return f"cuda:{number} has no {what}."
-                store._made.clear()
-                store.create(Segment(f"cuda:{number}", 1))
+                    if not driver.attribute(attribute, _number(device)):
+                        return f"{device} has no {what}."
+                store.create(Segment(device, 1))
                 [(handle, descriptor)] = store.publish()
                 try:
                     mapped = store.attach(handle, descriptor)
                 finally:
                     os.close(descriptor)
-                driver.unmap(mapped.pointer, mapped.size_bytes)
+                with driver.on(_number(device)):
+                    driver.unmap(mapped.pointer, mapped.size_bytes)
         except ModelLoadError as error:
             return str(error)
         return ""

@@ -91,10 +91,7 @@ def load(spec: ModelSpec, control: socket.socket | None, device: str = "") -> tu
         options["dtype"] = spec.quantization  # nnsight takes the format's name there
     if spec.attn_implementation:
         options["attn_implementation"] = spec.attn_implementation
-    if device or spec.device_map is None:
-        options["device"] = device or spec.device
-    if spec.device_map is not None or device == "meta":
-        options["device_map"] = device or spec.device_map
+    options |= _placement(spec, device)
     model = TransformersModel(spec.path or spec.repo_id, **options)
     model._module.eval()
     parameters = list(model._module.parameters())
@@ -112,6 +109,14 @@ def load(spec: ModelSpec, control: socket.socket | None, device: str = "") -> tu
     )
     say(control, {"progress": "warming up"})
     return model, facts
+
+
+def _placement(spec: ModelSpec, device: str) -> dict[str, Any]:
+    if device:  # both: one is for the weights, the other keeps the pipeline from moving them to a GPU that it sees
+        return {"device": device, "device_map": device}
+    if spec.device == "cpu" and spec.device_map is None:
+        return {"device": "cpu"}
+    return {"device_map": spec.device_map if spec.device_map is not None else {"": spec.device}}
 
 
 class _Capture:

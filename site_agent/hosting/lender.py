@@ -45,6 +45,8 @@ _CHECK_S = 60.0
 _CUDA = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # `cuda:1` means what the driver's own tools call 1
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # the fork server may be asked whether there is CUDA, and must not start it
+    # Weights that moved into segments are given back page by page, not when all of a large block is free.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "CUDA_CACHE_DISABLE": "1",  # runners write no file
     "CUDA_MPS_PIPE_DIRECTORY": "/nonexistent",  # never MPS: a fault of one of its clients ends all of them
 }
@@ -235,10 +237,12 @@ class ModelHost:
         """A runner that had a job is dead: only now can nothing of it change the weights any more."""
         assert runner.verdict is not None
         changed = HOST_GONE
-        with contextlib.suppress(OSError):
-            changed = await self.check_weights()
-        if not runner.verdict.done():
-            runner.verdict.set_result(changed)
+        try:
+            with contextlib.suppress(OSError):
+                changed = await self.check_weights()
+        finally:  # also when this host is being closed: somebody waits
+            if not runner.verdict.done():
+                runner.verdict.set_result(changed)
 
     async def close(self) -> None:
         """End the host and all its runners; returns when they are gone, and with them the memory that they shared."""

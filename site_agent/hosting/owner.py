@@ -37,7 +37,7 @@ def main(link: socket.socket, spec: ModelSpec) -> None:
     die_with_parent()
     try:
         model, facts = load(spec, link)
-        sharing = choose_sharing(spec)
+        sharing = choose_sharing(spec, facts.device.split(","))
         say(link, {"progress": "sharing the weights"})
         shared = SharedWeights(model, sharing)
     except Exception as error:

@@ -21,11 +21,11 @@ SHARED_MEMORY, SHARED_MEMORY_WRITABLE = "shared_memory", "shared_memory_writable
 CUDA, CUDA_VMM, CUDA_IPC = "cuda", "cuda_vmm", "cuda_ipc"
 
 
-def choose_sharing(spec: ModelSpec) -> str:
-    """Return the kind that the owner of `spec` uses; starts CUDA when it has to try. Raises ModelLoadError."""
+def choose_sharing(spec: ModelSpec, devices: list[str]) -> str:
+    """Return the kind that the owner of `spec` uses on `devices`; starts CUDA there when it has to try. Raises ModelLoadError."""
     if spec.sharing != CUDA:
         return spec.sharing
-    if not (problem := CudaVmm.problem()):
+    if not (problem := CudaVmm.problem([device for device in devices if device != "cpu"])):
         return CUDA_VMM
     log.warning("weights are shared by CUDA IPC", extra={"model": spec.repo_id, "text": problem})
     return CUDA_IPC

@@ -18,6 +18,7 @@ from typing import Any
 
 from edif_mesh.errors import ModelLoadError, SandboxError
 from site_agent.hosting import owner
+from site_agent.hosting.cuda_driver import load_library
 from site_agent.hosting.host import MAX_CONTROL_BYTES, capture_warm_up, load, say, sentence, serve_forks
 from site_agent.hosting.manifest import Manifest, bind
 from site_agent.hosting.segments import Handle, block_storages
@@ -25,7 +26,7 @@ from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.hosting.stores import CUDA, CUDA_IPC, CUDA_VMM, Stores
 from site_agent.runner.child import address_space_bytes, execute, forget_warm_up, serve
 from site_agent.runner.confine import settings_for
-from site_agent.runner.devices import cuda_has_started, for_cuda
+from site_agent.runner.devices import cuda_has_started, for_cuda, shown
 from site_agent.runner.namespaces import Enclosure
 from site_agent.runner.process import harden_parent
 
@@ -43,6 +44,7 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
         settings = settings_for(tuple(order["readable"]), namespaces=enclosure.active)
         if on_cuda:
             settings = for_cuda(settings)
+            load_library()  # its folder may not be among those that runners read; loading it starts nothing
         model, _ = load(spec, None, device="meta")
         payload = capture_warm_up(model)
         _wake_libraries()
@@ -57,7 +59,7 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
     gc.disable()
     size = address_space_bytes() + sum(handle.size_bytes for handle in weights.handles)
     try:
-        enclosure.close_off(settings.readable, settings.devices)
+        enclosure.close_off(shown(settings), settings.devices)
         if on_cuda and cuda_has_started(proc):
             raise SandboxError("Something has started CUDA in the fork server, whose runners could then not use it.")
     except SandboxError as error:
@@ -90,17 +92,32 @@ class Weights:
         return tuple(descriptor for descriptor in self._descriptors if descriptor >= 0)
 
     def map_into(self, model: Any, payload: bytes | None) -> None:
-        """In a runner: map, give `model` its tensors, run the warm-up. Raises ModelLoadError, SandboxError."""
-        stores = Stores(self._sharing)
-        mapped = [
-            stores.attach(handle, descriptor)
-            for handle, descriptor in zip(self.handles, self._descriptors, strict=True)
-        ]
-        bind(model._module, self.manifest, block_storages(self.manifest, mapped))
-        spread(model, self._device_map)
+        """In a runner: map, give `model` its tensors, run the warm-up. Raises ModelLoadError."""
+        try:
+            stores = Stores(self._sharing)
+            mapped = [
+                stores.attach(handle, descriptor)
+                for handle, descriptor in zip(self.handles, self._descriptors, strict=True)
+            ]
+            bind(model._module, self.manifest, block_storages(self.manifest, mapped))
+            spread(model, self._device_map)
+        except (RuntimeError, OSError, AssertionError) as error:
+            raise ModelLoadError(f"A runner could not map the weights: {type(error).__name__}: {error}") from error
         if payload is not None:
+            self._warm_up(model, payload)
+
+    def _warm_up(self, model: Any, payload: bytes) -> None:
+        try:
             execute(payload, model)
-            forget_warm_up()
+        except Exception as error:
+            if self._sharing in (CUDA_VMM, CUDA_IPC) and "CU" in str(
+                error
+            ):  # CUDA, cuBLAS, cuDNN: no job would fare better
+                raise ModelLoadError(
+                    f"A confined runner cannot use its GPU: {type(error).__name__}: {error}"
+                ) from error
+            # Else as in a host that forks: there are models that our own small trace does not suit.
+        forget_warm_up()
 
 
 def spread(model: Any, device_map: dict[str, int | str] | None) -> None:

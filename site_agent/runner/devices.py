@@ -20,14 +20,20 @@ _READ = (
     "/sys/devices/system/cpu", "/sys/devices/system/node", "/sys/devices/system/memory", "/sys/bus/pci/devices",
     "/sys/devices/pci*", "/sys/module/nvidia", "/sys/module/nvidia_uvm",
 )  # fmt: skip
+_LIBRARIES = ("/usr/local/nvidia", "/usr/local/cuda*")
 _UVM = "/dev/nvidia-uvm"
 
 
 def for_cuda(settings: SandboxSettings) -> SandboxSettings:
     """Return `settings` with what CUDA needs of files and devices on this machine."""
-    read = tuple(path for pattern in _READ for path in sorted(glob.glob(pattern)))
+    read = tuple(path for pattern in (*_READ, *_LIBRARIES) for path in sorted(glob.glob(pattern)))
     devices = tuple(path for pattern in _DEVICES for path in sorted(glob.glob(pattern)))
     return replace(settings, readable=(*settings.readable, *read), devices=devices)
+
+
+def shown(settings: SandboxSettings) -> tuple[str, ...]:
+    """Return what of the readable folders a file tree of its own can show: nothing of /proc, which it lies over."""
+    return tuple(path for path in settings.readable if not f"{path}/".startswith("/proc/"))
 
 
 def cuda_has_started(proc: int) -> bool:

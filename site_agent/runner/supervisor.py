@@ -209,7 +209,8 @@ class Runner:
         if self.verdict is None:
             return terminal
         try:
-            changed = await asyncio.wait_for(asyncio.shield(self.verdict), _VERDICT_S)
+            async with asyncio.timeout(_VERDICT_S):
+                changed = await asyncio.shield(self.verdict)
         except TimeoutError:
             changed = f"its host did not look at them within {_VERDICT_S:.0f} s"
         if not changed:
@@ -441,7 +442,7 @@ def changed_sentence(changed: str) -> str:
     """Return what the weights check says to a job that ended, or was stopped, when it had found a difference."""
     return (
         f"The site's copy of the model's weights was not intact after this job ({changed}), so its result was withheld. The site "
-        "loads the model anew; the job runs again, here or elsewhere."
+        "loads the model anew; the job may run again, here or elsewhere."
     )
 
 

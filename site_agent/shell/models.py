@@ -19,6 +19,10 @@ from site_agent.runner.supervisor import Runner
 log = logging.getLogger(__name__)
 
 
+_ALARM_GRACE_S = 1.0
+"""Attempts on a host with changed weights say first what stopped them: "the host is gone" would be the site's fault alone."""
+
+
 class ModelKeeper:
     """One host a loaded model, by repo id."""
 
@@ -96,9 +100,10 @@ class ModelKeeper:
         if self._hosts.get(repo_id) is not host:
             return  # evicted
         log.error("host lost", extra={"model": repo_id, "text": why})
+        del self._hosts[repo_id]
         if host.alarm:
             self._alarms[repo_id] = host.alarm
-        del self._hosts[repo_id]
+            await asyncio.sleep(_ALARM_GRACE_S)
         await self._tell(HostLost(repo_id, why))
         await host.close()
 

@@ -6,7 +6,6 @@ Each case is a process of its own that confines itself for good; devices that ev
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from edif_mesh.domain.site import SandboxProfile
 from site_agent.runner.confine import SandboxSettings
-from site_agent.runner.devices import for_cuda
+from site_agent.runner.devices import for_cuda, shown
 from site_agent.runner.landlock import landlock_abi
+from site_agent.runner.selftest import try_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,12 +123,32 @@ print(ours.recv(4096).decode())
     assert tried == {"file": "EACCES", "socket": "EPERM", "signal": "EPERM", "borrowed": ["was there", "EBADF"]}
 
 
+@pytest.mark.skipif(bool(try_profile(SandboxProfile.NAMESPACED)), reason="no namespaces here")
+def test_a_file_tree_of_its_own_shows_the_devices_that_are_named() -> None:
+    tried = outcome(
+        """
+from edif_mesh.domain.site import SandboxProfile
+from site_agent.runner.confine import interpreter_folders
+from site_agent.runner.namespaces import Enclosure
+enclosure = Enclosure(SandboxProfile.NAMESPACED)
+enclosure.enter()
+enclosure.close_off(interpreter_folders(), ("/dev/zero",))
+print(json.dumps({
+    "there": sorted(os.listdir("/dev")),
+    "written": name(lambda: os.write(os.open("/dev/zero", os.O_RDWR), b"x") and None),
+    "proc": os.path.exists("/proc/self"),
+}))
+"""
+    )
+    assert tried == {"there": ["null", "zero"], "written": "done", "proc": False}
+
+
 def test_a_runner_on_a_gpu_is_shown_no_file_of_other_processes() -> None:
     settings = for_cuda(SandboxSettings(("/usr/lib",)))
     added = settings.readable[1:]
     assert "/proc" not in added
     assert [path for path in added if path.startswith("/proc/self")] == ["/proc/self"]
-    assert all(path.startswith(("/proc/", "/sys/")) for path in added)
+    assert all(path.startswith(("/proc/", "/sys/", "/usr/local/nvidia", "/usr/local/cuda")) for path in added)
     assert all(path.startswith("/dev/nvidia") for path in settings.devices)
     assert not any("caps" in path or "modeset" in path for path in settings.devices)
-    assert os.path.exists("/proc/self")
+    assert not any("/proc" in path for path in shown(settings))  # a bind of /proc/self would be the fork server's

@@ -73,7 +73,7 @@ def test_by_ipc_another_process_reads_and_what_it_writes_is_seen() -> None:
 
 def test_the_driver_says_itself_whether_virtual_memory_works() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from site_agent.hosting.cuda_segments import CudaVmm; print(repr(CudaVmm.problem()))"],
+        [sys.executable, "-c", "from site_agent.hosting.cuda_segments import CudaVmm; print(repr(CudaVmm.problem(['cuda:0'])))"],
         cwd=ROOT, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.stdout.strip() == "''", done.stdout + done.stderr[-2000:]

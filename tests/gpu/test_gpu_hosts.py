@@ -31,14 +31,10 @@ outcome = 1
 """
 GRADIENTS = """
 import torch
-with model.trace("Hello world"):
-    hidden = model.transformer.h[0].output
-    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-    hidden.requires_grad_(True)
-    loss = model.lm_head.output.pow(2).mean()
-    with loss.backward():
-        gradient = hidden.grad.save()
-outcome = gradient.cpu()
+module = model._module
+embedded = module.transformer.wte(torch.tensor([[1, 2, 3]], device="cuda")).detach().requires_grad_(True)
+module(inputs_embeds=embedded).logits.pow(2).mean().backward()
+outcome = embedded.grad.cpu()
 """
 
 
@@ -121,7 +117,9 @@ async def test_the_receipt_says_what_a_job_had_on_the_device() -> None:
             pytest.skip("the driver counts no memory for this process")
         ended = await played(
             runner,
-            code("import torch, time\nx = torch.ones(256 << 20, dtype=torch.uint8, device='cuda')\ntime.sleep(1)"),
+            code(
+                "import torch, time\nx = torch.ones(256 << 20, dtype=torch.uint8, device='cuda')\ntime.sleep(1)\noutcome = 1"
+            ),
             GPU_LIMITS,
         )
         assert ended.end is not None
@@ -133,7 +131,7 @@ async def test_two_models_on_one_device_do_not_see_each_other() -> None:
     async with gpu_host(repo_id=models.tiny_gpt2()) as small, gpu_host(repo_id=models.deep_gpt2()) as deep:
         assert small.facts.device == deep.facts.device == "cuda:0"
         before = (await run(small, traces.one_read(), GPU_LIMITS)).values["hidden"]
-        assert (await run(deep, code("outcome = len(model.transformer.h)"), GPU_LIMITS)).values["outcome"] == 48
+        assert (await run(deep, code("outcome = len(model._module.transformer.h)"), GPU_LIMITS)).values["outcome"] == 48
         await deep.close()
         assert torch.equal((await run(small, traces.one_read(), GPU_LIMITS)).values["hidden"], before)
 

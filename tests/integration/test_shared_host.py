@@ -17,13 +17,17 @@ import pytest
 import pytest_asyncio
 import torch
 
+from edif_mesh.domain.ids import BootId, FederationId, SiteId
+from edif_mesh.domain.job import Limits
 from edif_mesh.domain.site import ModelOffer, ModelState, SandboxProfile
 from edif_mesh.errors import ModelLoadError, RunnerError
 from site_agent.core.events import Event, HostLost, ModelLoaded
+from site_agent.core.state import Model, Now, Policy, State
 from site_agent.hosting.lender import HostSettings, ModelHost
 from site_agent.hosting.spec import ModelSpec
 from site_agent.runner.events import RunnerFailed
 from site_agent.runner.selftest import try_profile
+from site_agent.shell.heartbeat import build_advert
 from site_agent.shell.models import ModelKeeper
 from tests import models, traces
 from tests.hosted import a_host, code, played, run
@@ -175,6 +179,9 @@ async def test_changed_weights_raise_an_alarm_withhold_the_result_and_are_loaded
         keeper.load(spec.repo_id, offer)  # what the core does next
         again = (await eventually(lambda: [e for e in told if isinstance(e, ModelLoaded)][1:], "loaded anew", 60))[0]
         assert again.offer.detail.startswith("ALARM: the weights of")
+        policy = Policy(FederationId("f"), SiteId("s"), "DE", 1, 1, Limits(), 5_000)
+        state = State(policy, BootId("b"), models={spec.repo_id: Model(again.offer)})
+        assert build_advert(state, Now(1, 1)).note == again.offer.detail  # where an operator looks
         mended = (await played(await keeper.lend(spec.repo_id), traces.one_read())).values["hidden"]
         assert torch.equal(mended, honest)
     finally:
@@ -198,6 +205,7 @@ async def test_without_its_owner_a_host_ends_and_leaves_no_process(host: ModelHo
     )
 
 
+@pytest.mark.slow
 async def test_a_model_that_cannot_be_loaded_is_refused_with_the_owners_sentence() -> None:
     with pytest.raises(ModelLoadError, match=r"The model edif-test/nowhere could not be loaded: \w+"):
         async with a_host("edif-test/nowhere", sharing="shared_memory"):

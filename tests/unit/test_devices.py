@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from edif_mesh.config import ModelConfig, SiteConfig, load_config
+from edif_mesh.domain.attempt import Blame
 from edif_mesh.errors import ConfigError
 from site_agent import hardware
+from site_agent.core.blame import blame_of
 from site_agent.runner.device_usage import DeviceMeter
 from site_agent.runner.devices import cuda_has_started, fault_note
 from site_agent.shell.catalogue import catalogue, place
@@ -83,6 +85,10 @@ def test_a_jobs_device_memory_is_what_came_after_it_began() -> None:
         meter.read()
         assert meter.memory_bytes == expected
     assert meter.peak_bytes == 2_000
+
+
+def test_a_job_that_runs_while_weights_change_may_do_so_once_more_and_is_then_quarantined() -> None:
+    assert blame_of("weights_changed") is Blame.RUNNER
 
 
 def test_a_driver_that_says_nothing_counts_nothing() -> None:

@@ -153,7 +153,7 @@ def integrated_gradients(model: Any, remote: Any) -> Values:
 @construct(
     "attribution patching in a session",
     "patterns/attribution-patching",
-    "((clean[i] - states[i]) * states[i].grad).sum()",
+    "grad = states[i].grad[:, -length:]\nscores[i] = ((clean[i][:, -length:] - states[i][:, -length:]) * grad).sum().item()",
 )
 def attribution_patching(model: Any, remote: Any) -> Values:
     with model.session(remote=remote):
@@ -243,7 +243,7 @@ def gradient_in_generate(model: Any, remote: Any) -> Values:
 @construct(
     "a backward pass after the trace",
     "usage/backward-and-grad, standalone backward",
-    "loss = logits.sum()\nwith loss.backward():",
+    "loss = logits.sum()\nwith loss.backward():\n    gradient = hidden.grad.save()",
     refused="'ID.grad.i0' was requested but the model already ran past it",
     note="values come back without the graph that made them: write the backward pass in the trace",
 )

@@ -227,7 +227,8 @@ def adapter_training(model: Any, remote: Any) -> Values:
     "gradients while generating",
     "docstring of nnsight.intervention.backward",
     "with model.lm_head.output.sum().backward():",
-    note="the same refusal as locally: transformers generates without gradients",
+    note="transformers generates without gradients",
+    says="NotImplementedError: This tensor does not require grad, so a backward session cannot produce gradients: nothing the block reads can ever receive one. The forward ran without gradient tracking (e.g. under torch.no_grad()), or the tensor was created without requires_grad=True.",
 )
 def gradient_in_generate(model: Any, remote: Any) -> Values:
     try:

@@ -27,7 +27,7 @@ from edif_mesh.models import DEMO_MODEL, fetch_demo
 from tests.contract.comparing import same
 from tests.contract.constructs import CONSTRUCTS, ESSENTIALS, THEMES
 from tests.contract.constructs.construct import PROMPT, Construct, told
-from tests.contract.constructs.page import PAGE, refused, row
+from tests.contract.constructs.page import PAGE, WORKS, refused, row, same_error
 from tests.mesh import ROOT, RunningMesh, environment, running_mesh
 from tests.models import ADAPTER, cache, gpt2_shape, lora_adapter, snapshot, tiny_gpt2
 
@@ -95,7 +95,9 @@ def outcome(construct: Construct, model: Any) -> str:
     different = [name for name in expected if not same(expected[name], got[name])]
     if different and construct.differs is not None:
         return f"differs: {construct.differs}"
-    return f"not the same: {different}" if different else "works"
+    if different:
+        return f"not the same: {different}"
+    return same_error(expected["said"]) if construct.says is not None else WORKS
 
 
 @pytest.mark.parametrize("construct", CONSTRUCTS, ids=lambda construct: construct.id)

@@ -30,6 +30,7 @@ class Construct:
     shows: str
     refused: str | None = None
     differs: str | None = None
+    says: str | None = None
     note: str = ""
 
     @property
@@ -39,7 +40,10 @@ class Construct:
 
     def example_is_in_the_code(self) -> bool:
         """Whether every line of `shows` stands in the function's source, spaces aside; `remote` is shown as true."""
-        source = "".join(inspect.getsource(self.run).split()).replace("remote=remote", "remote=True")
+        body = inspect.getsource(self.run).partition(f"def {self.id}(")[
+            2
+        ]  # below the decorator, which holds `shows` itself
+        source = "".join(body.split()).replace("remote=remote", "remote=True")
         return all("".join(line.split()) in source for line in self.shows.splitlines())
 
 
@@ -50,14 +54,16 @@ def construct(
     *,
     refused: str | None = None,
     differs: str | None = None,
+    says: str | None = None,
     note: str = "",
 ) -> Callable[[Callable[[Any, Any], Values]], Construct]:
     """Make a function a row of the page.
 
     `refused` is the whole sentence that a researcher sees instead of values; `differs` says why nnsight's own way to go
-    remote gives other values than a local trace, and what to write instead; `note` stands beside a row that works.
+    remote gives other values than a local trace, and what to write instead; `says` is the error of a mistake, which is the same
+    in both (the function returns it as "said"); `note` stands beside the result.
     """
-    return lambda run: Construct(run, title, documented, shows, refused, differs, note)
+    return lambda run: Construct(run, title, documented, shows, refused, differs, says, note)
 
 
 def constructs_of(module: ModuleType) -> tuple[Construct, ...]:

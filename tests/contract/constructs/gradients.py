@@ -153,7 +153,7 @@ def integrated_gradients(model: Any, remote: Any) -> Values:
 @construct(
     "attribution patching in a session",
     "patterns/attribution-patching",
-    "((clean[i] - states[i]) * states[i].grad).sum()",
+    "grad = states[i].grad[:, -length:]\nscores[i] = ((clean[i][:, -length:] - states[i][:, -length:]) * grad).sum().item()",
 )
 def attribution_patching(model: Any, remote: Any) -> Values:
     with model.session(remote=remote):
@@ -227,7 +227,8 @@ def adapter_training(model: Any, remote: Any) -> Values:
     "gradients while generating",
     "docstring of nnsight.intervention.backward",
     "with model.lm_head.output.sum().backward():",
-    note="the same refusal as locally: transformers generates without gradients",
+    note="transformers generates without gradients",
+    says="NotImplementedError: This tensor does not require grad, so a backward session cannot produce gradients: nothing the block reads can ever receive one. The forward ran without gradient tracking (e.g. under torch.no_grad()), or the tensor was created without requires_grad=True.",
 )
 def gradient_in_generate(model: Any, remote: Any) -> Values:
     try:
@@ -243,7 +244,7 @@ def gradient_in_generate(model: Any, remote: Any) -> Values:
 @construct(
     "a backward pass after the trace",
     "usage/backward-and-grad, standalone backward",
-    "loss = logits.sum()\nwith loss.backward():",
+    "loss = logits.sum()\nwith loss.backward():\n    gradient = hidden.grad.save()",
     refused="'ID.grad.i0' was requested but the model already ran past it",
     note="values come back without the graph that made them: write the backward pass in the trace",
 )

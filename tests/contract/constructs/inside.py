@@ -21,7 +21,7 @@ class Heads(Envoy):
 
 
 @construct(
-    "an operation's output", "usage/source", "model.transformer.h[0].attn.source.attention_interface_1.output.save()"
+    "an operation's output", "usage/source", "model.transformer.h[0].attn.source.attention_interface_1.output[0].save()"
 )
 def operation_output(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):

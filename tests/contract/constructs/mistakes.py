@@ -14,6 +14,7 @@ from tests.contract.constructs.construct import OTHER, PROMPT, Values, caught, c
     "errors/index",
     'raise ValueError("the norm is too large")',
     note="with your file, line and code, and no line of the mesh",
+    says="ValueError: the norm is too large",
 )
 def own_error(model: Any, remote: Any) -> Values:
     try:
@@ -26,7 +27,12 @@ def own_error(model: Any, remote: Any) -> Values:
     return {"said": said}
 
 
-@construct("an assertion that fails", "errors/index", "assert model.lm_head.output.shape[0] == 2")
+@construct(
+    "an assertion that fails",
+    "errors/index",
+    "assert model.lm_head.output.shape[0] == 2",
+    says="AssertionError: two rows are needed",
+)
 def failed_assertion(model: Any, remote: Any) -> Values:
     try:
         with model.trace(PROMPT, remote=remote):
@@ -37,7 +43,12 @@ def failed_assertion(model: Any, remote: Any) -> Values:
     return {"said": said}
 
 
-@construct("an index out of range", "walkthrough, error handling", "model.transformer.h[0].output[:, 10_000] = 0")
+@construct(
+    "an index out of range",
+    "walkthrough, error handling",
+    "model.transformer.h[0].output[:, 10_000] = 0",
+    says="IndexError: index 10000 is out of bounds for dimension 1 with size 8",
+)
 def index_error(model: Any, remote: Any) -> Values:
     try:
         with model.trace(PROMPT, remote=remote):
@@ -47,7 +58,12 @@ def index_error(model: Any, remote: Any) -> Values:
     return {"said": said}
 
 
-@construct("a module that does not exist", "errors/index", "model.transformer.nothing.output.save()")
+@construct(
+    "a module that does not exist",
+    "errors/index",
+    "model.transformer.nothing.output.save()",
+    says="AttributeError: 'Envoy' object (nor its module) has attribute 'nothing'",
+)
 def no_such_module(model: Any, remote: Any) -> Values:
     try:
         with model.trace(PROMPT, remote=remote):
@@ -61,6 +77,7 @@ def no_such_module(model: Any, remote: Any) -> Values:
     "values asked for in the wrong order",
     "errors/out-of-order-error",
     "later = model.transformer.h[1].output.save()\nearlier = model.transformer.h[0].output.save()",
+    says="OutOfOrderError: 'model.transformer.h.0.output.i0' was requested but the model already ran past it",
 )
 def wrong_order(model: Any, remote: Any) -> Values:
     try:
@@ -76,6 +93,7 @@ def wrong_order(model: Any, remote: Any) -> Values:
     "a module that does not run",
     "errors/value-was-not-provided",
     "model.transformer.h[1].skip(first)\ninner = model.transformer.h[1].mlp.output.save()",
+    says="OutOfOrderError: 'model.transformer.h.1.mlp.output.i0' was requested but the model already ran past it",
 )
 def never_run(model: Any, remote: Any) -> Values:
     try:
@@ -88,7 +106,12 @@ def never_run(model: Any, remote: Any) -> Values:
     return {"said": said}
 
 
-@construct("a trace without a prompt", "errors/model-did-not-execute", "with model.trace(remote=True):")
+@construct(
+    "a trace without a prompt",
+    "errors/model-did-not-execute",
+    "with model.trace(remote=True):",
+    says="ValueError: Cannot access `model.lm_head.output` outside of interleaving",
+)
 def no_prompt(model: Any, remote: Any) -> Values:
     try:
         with model.trace(remote=remote):
@@ -102,6 +125,7 @@ def no_prompt(model: Any, remote: Any) -> Values:
     "a block inside a block",
     "errors/invoke-during-execution",
     "with tracer.invoke(PROMPT):\n    with tracer.invoke(OTHER):",
+    says="ValueError: Cannot invoke while the model is already running.",
 )
 def nested_invokes(model: Any, remote: Any) -> Values:
     said = "nothing"
@@ -115,7 +139,12 @@ def nested_invokes(model: Any, remote: Any) -> Values:
     return {"said": said}
 
 
-@construct("writing into a tuple", "gotchas/modification", "model.transformer.h[0].attn.output[0] = zeros")
+@construct(
+    "writing into a tuple",
+    "gotchas/modification",
+    "model.transformer.h[0].attn.output[0] = zeros",
+    says="TypeError: 'tuple' object does not support item assignment",
+)
 def tuple_item(model: Any, remote: Any) -> Values:
     try:
         with model.trace(PROMPT, remote=remote):
@@ -130,6 +159,7 @@ def tuple_item(model: Any, remote: Any) -> Values:
     "a value of another block, without the barrier that it needs",
     "gotchas/cross-invoke",
     "model.transformer.h[1].output[:, -1] = clean",
+    says="NameError: name 'clean' is not defined",
 )
 def missing_barrier(model: Any, remote: Any) -> Values:
     try:
@@ -164,6 +194,7 @@ def after_an_open_loop(model: Any, remote: Any) -> Values:
     "errors/model-did-not-execute",
     "model.transformer.h[0].output",
     note="said by nnsight before anything is sent",
+    says="ValueError: Cannot access `model.transformer.h.0.output` outside of interleaving",
 )
 def outside(model: Any, remote: Any) -> Values:
     try:

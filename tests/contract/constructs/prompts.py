@@ -151,7 +151,9 @@ def mixed_invokes(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "arguments of the forward pass", "usage/trace", "model.trace(PROMPT, output_hidden_states=True, remote=True)"
+    "arguments of the forward pass",
+    "usage/trace",
+    "model.trace(PROMPT, output_hidden_states=True, use_cache=False, remote=True)",
 )
 def forward_arguments(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, output_hidden_states=True, use_cache=False, remote=remote):

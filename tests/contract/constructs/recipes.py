@@ -101,18 +101,20 @@ def function_vector(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "path patching of one head", "tutorial, circuit finding", "given.view(*given.shape[:2], 4, -1)[:, :, 1] = clean"
+    "path patching of one head",
+    "tutorial, circuit finding",
+    "given.view(*given.shape[:2], model.config.n_head, -1)[:, :, 1] = clean",
 )
 def path_patching(model: Any, remote: Any) -> Values:
     with model.trace(remote=remote) as tracer:
         meet = tracer.barrier(2)
         with tracer.invoke([5, 6, 7]):
-            clean = model.transformer.h[0].attn.c_proj.input.unflatten(-1, (4, -1))[:, :, 1]
+            clean = model.transformer.h[0].attn.c_proj.input.unflatten(-1, (model.config.n_head, -1))[:, :, 1]
             meet()
         with tracer.invoke([5, 9, 7]):
             given = model.transformer.h[0].attn.c_proj.input
             meet()
-            given.view(*given.shape[:2], 4, -1)[:, :, 1] = clean
+            given.view(*given.shape[:2], model.config.n_head, -1)[:, :, 1] = clean
             logits = model.lm_head.output[:, -1].save()
     return {"logits": logits}
 
@@ -223,6 +225,6 @@ def each_head(model: Any, remote: Any) -> Values:
         for head in range(model.config.n_head):
             with tracer.invoke(PROMPT):
                 given = model.transformer.h[0].attn.c_proj.input
-                given.view(*given.shape[:2], 4, -1)[:, :, head] = 0
+                given.view(*given.shape[:2], model.config.n_head, -1)[:, :, head] = 0
                 found.append(model.lm_head.output[0, -1])
     return {"found": found}

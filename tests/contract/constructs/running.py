@@ -28,8 +28,8 @@ def polled(backend: Any) -> Any:
 @construct(
     "a model without weights on your machine",
     "remote/remote-trace",
-    "fresh = TransformersModel(repo_id)",
-    note="nothing but the configuration is read",
+    "fresh = loaded_again(model, dispatch=not remote)",
+    note="no weights are read, nor needed",
 )
 def without_weights(model: Any, remote: Any) -> Values:
     fresh = loaded_again(model, dispatch=not remote)
@@ -244,7 +244,7 @@ def no_block(model: Any, remote: Any) -> Values:
 @construct(
     "shapes without running the model",
     "usage/scan",
-    "with model.scan(PROMPT):",
+    "with fresh.scan(PROMPT):",
     note="on your own machine: it needs no weights",
 )
 def scan(model: Any, remote: Any) -> Values:

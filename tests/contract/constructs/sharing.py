@@ -182,7 +182,7 @@ def remote_in_remote_session(model: Any, remote: Any) -> Values:
 @construct(
     "a list of yours, from before the block, filled in it",
     "gotchas/remote",
-    "mine = []\nmine.append(model.lm_head.output.argmax(-1))",
+    "mine: list[torch.Tensor] = []\nmine.append(model.lm_head.output.argmax(-1))",
     differs="The list that is filled is the site's copy; yours stays empty. Make it in the block: `found = list().save()`.",
 )
 def list_from_before(model: Any, remote: Any) -> Values:

@@ -59,7 +59,9 @@ def saved_elements(model: Any, remote: Any) -> Values:
     return {"states": states}
 
 
-@construct("the same tensor under two names", "usage/save", "also = hidden.save()")
+@construct(
+    "the same tensor under two names", "usage/save", "also = hidden[:, -1].save()\nboth = [hidden, hidden].save()"
+)
 def shared_values(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         hidden = model.transformer.h[0].output.save()

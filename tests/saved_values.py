@@ -48,7 +48,7 @@ def _tensors() -> dict[str, Any]:
     return {
         "whole": base, "scalar": torch.tensor(3.5), "empty": torch.empty(0, 7), "turned": torch.randn(3, 4).mT,
         "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "expanded": torch.ones(1).expand(5, 3),
-        "gaps": torch.randn(6, 4)[1:, ::2], "bf16": base.bfloat16(), "half": base.half(), "bool": base > 3,
+        "gaps": torch.randn(6, 4)[1:, ::2].T, "bf16": base.bfloat16(), "half": base.half(), "bool": base > 3,
         "f8": base.to(torch.float8_e4m3fn), "u16": torch.ones(2, dtype=torch.uint16), "complex": torch.randn(3, dtype=torch.cfloat),
         "half complex": torch.zeros(2, dtype=torch.complex32), "conjugate": torch.randn(3, dtype=torch.cfloat).conj(),
         "negative": torch.randn(3, dtype=torch.cfloat).conj().imag, "four bits": torch.arange(4, dtype=torch.uint8).view(torch.uint4),

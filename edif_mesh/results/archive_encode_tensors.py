@@ -114,7 +114,10 @@ def numpy_node(walk: Walk, value: Any, path: str) -> Node:
 
     def data() -> memoryview:
         array = np.ascontiguousarray(value.T if by_column else value, dtype)
-        return memoryview(array.reshape(-1).view(np.uint8)) if array.nbytes else memoryview(b"")
+        flat: Any = array.reshape(-1).view(np.uint8) if array.nbytes else np.empty(0, np.uint8)
+        if dtype.kind == "b" and array.nbytes and flat.max() > 1:
+            flat = (flat != 0).view(np.uint8)  # a reader takes only 0 and 1
+        return memoryview(flat) if array.nbytes else memoryview(b"")
 
     name = "ndarray" if is_array else "npscalar"
     node = {"t": name, "d": dtype.str, "shape": list(value.shape), "s": walk.add(data)}

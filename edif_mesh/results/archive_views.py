@@ -26,8 +26,6 @@ class Views:
 
     def add(self, tensor: torch.Tensor, node: Node) -> Node:
         """Take a detached strided tensor without conj and neg bits; `node` is completed by `place` and returned at once."""
-        if tensor.dtype is torch.bool and tensor.device.type == "cpu" and bool((tensor.view(torch.uint8) > 1).any()):
-            tensor = tensor.view(torch.uint8) != 0  # bytes that were viewed as bool; a reader takes only 0 and 1
         node["d"] = NAMES[tensor.dtype]
         if tensor.dtype in BARE:
             tensor = tensor.view(BARE[tensor.dtype])
@@ -78,6 +76,8 @@ def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _raw(tensor: torch.Tensor, low: int, high: int) -> memoryview:
-    """The bytes `low` to `high` of the tensor's storage, without a copy."""
+    """The bytes `low` to `high` of the tensor's storage, one or more, without a copy."""
     flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), low, (high - low,))
+    if tensor.dtype is torch.bool and int(flat.max()) > 1:
+        flat = (flat != 0).view(torch.uint8)  # bytes that were viewed as bool; a reader takes only 0 and 1
     return memoryview(flat.numpy())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from edif_mesh.errors import ResultError
-from edif_mesh.results.archive_types import Record
+from edif_mesh.results.archive_types import CACHES, DTYPES, Record
 from edif_mesh.results.nnsight_types import ActivationCache
 
 MAX_LEAVES = 1_000_000
@@ -65,25 +67,43 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
         return list(value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return list(zip(value._fields, value, strict=True))
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+    if isinstance(value, list | tuple | deque) and not isinstance(value, torch.Size):
         return list(enumerate(value))
+    if isinstance(value, SimpleNamespace):
+        return list(vars(value).items())
     if isinstance(value, Record):
         return [(key, part) for key, part in vars(value).items() if key != "type_name"]
     if isinstance(value, ActivationCache):
         return list(value.entries.items())
     if type(value).__name__ == "CacheView":
         return list(object.__getattribute__(value, "_cache").entries.items())
-    if type(value).__name__ == "DynamicCache":
-        return [(i, {"keys": c.keys, "values": c.values}) for i, c in enumerate(value.layers)]
+    if type(value).__name__ == "EncoderDecoderCache":
+        return [("self", value.self_attention_cache), ("cross", value.cross_attention_cache)]
+    if type(value).__name__ in CACHES:
+        return [
+            (i, {k: v for k, v in vars(c).items() if k in ("keys", "values") or isinstance(v, dict)})
+            for i, c in enumerate(value.layers)
+        ]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
     return []
 
 
+_HELD = {
+    DTYPES[name]
+    for name in (
+        "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex64 "
+        "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
+    ).split()
+}
+"""The dtypes that every release of safetensors holds that this one is tested with."""
+
+
 def _dense(leaf: Any) -> torch.Tensor | None:
     """The leaf as a tensor that safetensors can hold, else None."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.detach() if leaf.layout is torch.strided and leaf.dtype is not torch.complex32 else None
+        fits = leaf.layout is torch.strided and not leaf.is_quantized and leaf.dtype in _HELD
+        return leaf.detach().resolve_conj().resolve_neg() if fits else None
     if type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype") and leaf.dtype.kind in "biuf":
         try:
             return torch.as_tensor(leaf)

@@ -201,6 +201,44 @@ def test_an_error_of_the_researcher_s_own_comes_back_with_file_and_line(models: 
     assert "site_agent" not in text
 
 
+def test_a_save_that_cannot_be_sent_is_refused_at_its_line(models: Callable[[str], Any]) -> None:
+    model = models("tiny")
+    with pytest.raises(RemoteError) as raised, model.trace(PROMPT, remote=True):
+        hidden = model.lm_head.output
+        found = {"steps": [hidden, (row for row in hidden)]}.save()
+        hidden @ torch.zeros(3, 3)
+    text = str(raised.value)
+    assert "'found['steps'][1]' is a generator" in text
+    assert "Save list(...) of it instead." in text
+    assert f'File "{__file__}"' in text
+    assert "found = {'steps': [hidden, (row for row in hidden)]}.save()" in text
+    assert "RuntimeError" not in text, "the line after the save has run"
+
+
+def test_values_that_are_no_tensors_come_back_as_they_were(models: Callable[[str], Any]) -> None:
+    import datetime
+    from collections import Counter, deque
+
+    model = models("tiny")
+    with model.trace(PROMPT, remote=True):
+        hidden = model.lm_head.output.detach()
+        sparse = hidden[0].to_sparse_csr().save()
+        half = hidden.to(torch.float8_e4m3fn).save()
+        counts = Counter(hidden.argmax(-1).flatten().tolist()).save()
+        last = deque([hidden.mean().item(), hidden.std().item()], maxlen=2).save()
+        day = datetime.date(2024, 2, 29).save()
+        ids = model.tokenizer(PROMPT).save()
+    with model.trace(PROMPT):
+        expected = model.lm_head.output.detach().save()
+    assert sparse.layout is torch.sparse_csr
+    assert torch.equal(sparse.to_dense(), expected[0])
+    assert torch.equal(half.view(torch.uint8), expected.to(torch.float8_e4m3fn).view(torch.uint8))
+    assert (type(counts), sum(counts.values())) == (Counter, expected.shape[1])
+    assert (type(last), last.maxlen, list(last)) == (deque, 2, [expected.mean().item(), expected.std().item()])
+    assert day == datetime.date(2024, 2, 29)
+    assert ids.word_ids() == model.tokenizer(PROMPT).word_ids()
+
+
 def test_several_clients_at_once(models: Callable[[str], Any], mesh: RunningMesh, tmp_path: Path) -> None:
     script = tmp_path / "client.py"
     script.write_text(

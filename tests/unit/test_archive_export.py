@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from edif_mesh.errors import ResultError
 from edif_mesh.results.archive import plan, read
-from edif_mesh.results.export import to_safetensors
+from edif_mesh.results.export import leaves, to_safetensors
+from tests.saved_values import SAVED
 
 
 def test_nested_tensors_get_dotted_names_and_other_leaves_are_listed(tmp_path: Path) -> None:
@@ -25,6 +26,14 @@ def test_nested_tensors_get_dotted_names_and_other_leaves_are_listed(tmp_path: P
         assert torch.equal(file.get_tensor("acts.1.mlp"), base.T)
         assert torch.equal(file.get_tensor("row"), base[1])
         assert json.loads(file.metadata()["left_out"]) == ["name", "s"]
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_every_kind_is_written_or_listed(kind: str, tmp_path: Path) -> None:
+    values = read(plan(SAVED[kind]() | {"one": torch.ones(1)}).to_bytes())
+    left_out = to_safetensors(values, tmp_path / "o.safetensors")
+    with safe_open(tmp_path / "o.safetensors", "pt") as file:
+        assert sorted([*file.keys(), *left_out]) == sorted(name for name, _ in leaves(values))
 
 
 def test_a_name_that_two_tensors_would_share_is_refused(tmp_path: Path) -> None:

@@ -258,6 +258,7 @@ def test_a_subclass_of_a_container_comes_back_as_the_container() -> None:
 
 def test_bytes_that_were_viewed_as_bool_are_truths() -> None:
     assert through(torch.tensor([0, 1, 7], dtype=torch.uint8).view(torch.bool)).tolist() == [False, True, True]
+    assert through(np.array([0, 1, 7], np.uint8).view(bool)).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(

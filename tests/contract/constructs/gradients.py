@@ -174,7 +174,7 @@ def attribution_patching(model: Any, remote: Any) -> Values:
 
 @construct(
     "a probe trained in a session",
-    "post, NDIF experiments 130x faster",
+    "(an experiment of the field)",
     "optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)",
 )
 def probe_training(model: Any, remote: Any) -> Values:

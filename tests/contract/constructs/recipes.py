@@ -228,3 +228,29 @@ def each_head(model: Any, remote: Any) -> Values:
                 given.view(*given.shape[:2], model.config.n_head, -1)[:, :, head] = 0
                 found.append(model.lm_head.output[0, -1])
     return {"found": found}
+
+
+@construct(
+    "all heads of a layer patched in one pass, in one job",
+    "post, How to make your NDIF experiment 130x faster",
+    "kept = tracer.cache(modules=[attention.c_proj], include_inputs=True)\nmodel.transformer.h[0].skip(before)",
+)
+def heads_in_one_job(model: Any, remote: Any) -> Values:
+    heads = model.config.n_head
+    with model.session(remote=remote):
+        attention = model.transformer.h[1].attn
+        with model.trace([5, 6, 7]) as tracer:
+            kept = tracer.cache(modules=[attention.c_proj], include_inputs=True)
+        clean = kept[attention.c_proj.path].input.unflatten(-1, (heads, -1))
+        with model.trace([5, 9, 7]) as tracer:
+            before = model.transformer.h[0].output
+            tracer.stop()
+        effects = list().save()
+        with model.trace() as tracer:
+            for head in range(heads):
+                with tracer.invoke([5, 9, 7]):
+                    model.transformer.h[0].skip(before)
+                    given = attention.c_proj.input
+                    given.view(*given.shape[:2], heads, -1)[:, :, head] = clean[:, :, head]
+                    effects.append(model.lm_head.output[0, -1, 7])
+    return {"effects": effects}

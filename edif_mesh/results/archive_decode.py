@@ -58,6 +58,7 @@ class Decoder:
             "namespace": lambda n, d: SimpleNamespace(**self._fields(n, d)),
             **{kind: lambda n, d: self._tensors.tensor(n) for kind in TENSOR_KINDS},
             "ndarray": lambda n, d: self._tensors.numpy(n),
+            "ndarray_by_column": lambda n, d: self._tensors.numpy(n),
             "npscalar": lambda n, d: self._tensors.numpy(n)[()],
             **Libraries(self.node, self._hashed_pairs, self._tensors.take, self._classes).rules,
         }

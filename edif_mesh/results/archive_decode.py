@@ -170,6 +170,8 @@ class Decoder:
         fields, cls = self._fields(node, depth), self._class(node, object)
         if cls is None:
             return Record(str(node["c"]), fields)
+        if hasattr(cls, "model_construct"):  # pydantic's own way without validation
+            return cls.model_construct(**fields)
         value = cls.__new__(cls)
         for name, field in fields.items():
             object.__setattr__(value, name, field)

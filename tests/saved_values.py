@@ -157,11 +157,17 @@ def _outputs() -> dict[str, Any]:
 
 
 def _caches() -> dict[str, Any]:
-    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+    from transformers import DynamicCache, EncoderDecoderCache, StaticCache, cache_utils
 
     config = small_config()
+    mixed = DynamicCache()
+    mixed.layers = [cache_utils.LinearAttentionLayer(), cache_utils.LinearAttentionAndFullAttentionLayer()]
+    mixed.layer_class_to_replicate = None
+    mixed.update_conv_state(torch.randn(1, 3, 4), 0)
+    mixed.update_recurrent_state(torch.randn(1, 3, 4), 0)
+    mixed.update(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4), 1)
     return {
-        "dynamic": filled(DynamicCache()), "sliding": filled(DynamicCache(config=config)),
+        "mixed": mixed, "dynamic": filled(DynamicCache()), "sliding": filled(DynamicCache(config=config)),
         "static": filled(StaticCache(config, max_cache_len=8)), "fresh": StaticCache(config, max_cache_len=8),
         "both": EncoderDecoderCache(filled(DynamicCache()), filled(DynamicCache())),
     }  # fmt: skip

@@ -58,6 +58,7 @@ class Decoder:
             "namespace": lambda n, d: SimpleNamespace(**self._fields(n, d)),
             **{kind: lambda n, d: self._tensors.tensor(n) for kind in TENSOR_KINDS},
             "ndarray": lambda n, d: self._tensors.numpy(n),
+            "ndarray_by_column": lambda n, d: self._tensors.numpy(n),
             "npscalar": lambda n, d: self._tensors.numpy(n)[()],
             **Libraries(self.node, self._hashed_pairs, self._tensors.take, self._classes).rules,
         }
@@ -169,6 +170,8 @@ class Decoder:
         fields, cls = self._fields(node, depth), self._class(node, object)
         if cls is None:
             return Record(str(node["c"]), fields)
+        if hasattr(cls, "model_construct"):  # pydantic's own way without validation
+            return cls.model_construct(**fields)
         value = cls.__new__(cls)
         for name, field in fields.items():
             object.__setattr__(value, name, field)

@@ -27,7 +27,7 @@ _COMPRESSED = {
     "bsr": torch.sparse_bsr,
     "bsc": torch.sparse_bsc,
 }
-TENSOR_KINDS = ("tensor", "coo", "quantized", *_COMPRESSED)
+TENSOR_KINDS = ("tensor", "lazy", "coo", "quantized", *_COMPRESSED)
 _MOST = 1 << 48
 
 
@@ -57,7 +57,7 @@ class Tensors:
         kind = node["t"]
         made = (
             self._strided(node)
-            if kind == "tensor"
+            if kind in ("tensor", "lazy")
             else self._quantized(node)
             if kind == "quantized"
             else self._sparse(node)
@@ -84,6 +84,8 @@ class Tensors:
                 self._check_bools(node["s"])
             typed = storage[: elements * dtype.itemsize].view(dtype)
             tensor = torch.as_strided(typed, shape, stride, offset)
+        if node["t"] == "tensor":
+            return tensor
         conjugate, negative = node.get("j") is True, node.get("n") is True
         if (conjugate and not dtype.is_complex) or (negative and not (dtype.is_complex or dtype.is_floating_point)):
             raise ArchiveError("A tensor is conjugate or negative that cannot be.")
@@ -92,7 +94,7 @@ class Tensors:
 
     def _part(self, node: Any) -> torch.Tensor:
         """A tensor that another is made of: strided and nothing else."""
-        if not isinstance(node, dict) or node.get("t") != "tensor":
+        if not isinstance(node, dict) or node.get("t") not in ("tensor", "lazy"):
             raise ArchiveError("A part of a tensor is no plain tensor.")
         return self.tensor(node)
 
@@ -160,7 +162,7 @@ class Tensors:
             self._check_bools(node["s"])
         if dtype.kind == "U":
             self._check_text(node["s"], dtype.byteorder)
-        order = "F" if node.get("f") is True else "C"
+        order: Any = "F" if node["t"] == "ndarray_by_column" else "C"
         return raw.view(dtype).reshape(shape, order=order) if raw.nbytes else np.empty(shape, dtype)
 
 

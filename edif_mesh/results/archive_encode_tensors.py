@@ -62,7 +62,7 @@ def tensor_node(walk: Walk, value: torch.Tensor, path: str) -> Node:
         tensor, extra["j"] = tensor.conj(), True
     if tensor.is_neg():
         tensor, extra["n"] = torch._neg_view(tensor), True
-    return walk.place(tensor, {"t": "tensor", **extra})
+    return walk.place(tensor, {"t": "lazy" if "j" in extra or "n" in extra else "tensor", **extra})
 
 
 def _parts(walk: Walk, parts: list[torch.Tensor], tensor: torch.Tensor, path: str) -> dict[str, Any]:
@@ -119,6 +119,5 @@ def numpy_node(walk: Walk, value: Any, path: str) -> Node:
             flat = (flat != 0).view(np.uint8)  # a reader takes only 0 and 1
         return memoryview(flat) if array.nbytes else memoryview(b"")
 
-    name = "ndarray" if is_array else "npscalar"
-    node = {"t": name, "d": dtype.str, "shape": list(value.shape), "s": walk.add(data)}
-    return node | {"f": True} if by_column else node
+    name = "ndarray_by_column" if by_column else "ndarray" if is_array else "npscalar"
+    return {"t": name, "d": dtype.str, "shape": list(value.shape), "s": walk.add(data)}

@@ -241,12 +241,15 @@ def test_everything_that_an_object_is_comes_back_or_is_refused() -> None:
     assert (back["data"].value, back["data"].seen) == (2, [2]), "an attribute that is no field"
     assert (back["member"].value, back["level"].value, back["model"].rate) == (3, "high", 0.5)
     assert tuple(back["fields"]._fields) == ("a", "_1")
-    named = read(data, classes={f"{__name__}.{c.__name__}": c for c in (Slots, Measured, Access, Level, Renamed)})
+    named = read(
+        data, classes={f"{__name__}.{c.__name__}": c for c in (Slots, Measured, Access, Level, Renamed, Settings)}
+    )
     assert type(named["slots"]) is Slots
     assert (type(named["data"]), named["data"].seen) == (Measured, [2])
     assert named["member"] is Access.READ | Access.WRITE
     assert named["level"] is Level.HIGH
     assert type(named["fields"]) is Renamed
+    assert named["model"] == Settings(rate=0.5)
 
 
 def test_a_subclass_of_a_container_comes_back_as_the_container() -> None:

@@ -86,6 +86,7 @@ def _models(config: SiteConfig) -> list[Finding]:
     for entry in catalogue(config):
         offer = entry.offer
         size = f"{offer.weights_bytes / 1e9:.2f} GB, {offer.dtype}"
+        size += f", on {offer.device}" if offer.device != "cpu" else ""
         found.append(
             ("fail", entry.problem) if entry.problem else ("ok", f"{offer.repo_id} {offer.revision[:12]} {size}")
         )

@@ -101,7 +101,7 @@ class Weights:
             ]
             bind(model._module, self.manifest, block_storages(self.manifest, mapped))
             spread(model, self._device_map)
-        except (RuntimeError, OSError, AssertionError) as error:
+        except Exception as error:
             raise ModelLoadError(f"A runner could not map the weights: {type(error).__name__}: {error}") from error
         if payload is not None:
             self._warm_up(model, payload)

@@ -72,7 +72,7 @@ def ran_out_of_device_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    said = str(error)
+    said = _said(error)
     return isinstance(error, RuntimeError) and ("CUDA out of memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said)
 
 
@@ -88,7 +88,7 @@ def device_memory_sentence(memory_bytes: int, said: str) -> str:
 
 def fault_note(error: BaseException) -> str:
     """Return what to add to the traceback of a job that the GPU has stopped; empty for everything else."""
-    said = str(error)
+    said = _said(error)
     if "CUDA error" not in said or not any(
         word in said for word in ("illegal memory access", "unspecified launch failure")
     ):
@@ -99,3 +99,11 @@ def fault_note(error: BaseException) -> str:
         "`torch.func.functional_call(module, {name: changed}, args)`, `w = p.detach().clone()`, or change the module's output. "
         "Gradients with respect to activations, and reading weights, work."
     )
+
+
+def _said(error: BaseException) -> str:
+    """An error of a job may not even let itself be shown."""
+    try:
+        return str(error)
+    except BaseException:
+        return ""

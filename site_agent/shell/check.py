@@ -90,7 +90,8 @@ def _models(config: SiteConfig) -> list[Finding]:
 
 def _described(entry: Entry) -> str:
     offer = entry.offer
-    held = [offer.quantization, offer.dtype, offer.attn_implementation, "pinned" if offer.pinned else ""]
+    where = f"on {offer.device}" if offer.device not in ("", "cpu") else ""
+    held = [offer.quantization, offer.dtype, offer.attn_implementation, "pinned" if offer.pinned else "", where]
     return (
         f"{offer.repo_id} {offer.revision[:12]} {offer.weights_bytes / 1e9:.2f} GB of weights, "
         f"{offer.takes_bytes / 1e9:.2f} GB in memory, {', '.join(part for part in held if part)}"

@@ -25,6 +25,7 @@ from site_agent.core.events import Event, HostLost, ModelLoaded
 from site_agent.core.state import Model, Now, Policy, State
 from site_agent.hosting.lender import HostSettings, ModelHost
 from site_agent.hosting.spec import ModelSpec
+from site_agent.runner.device_usage import DeviceMeter
 from site_agent.runner.events import RunnerFailed
 from site_agent.runner.selftest import try_profile
 from site_agent.shell.heartbeat import build_advert
@@ -134,6 +135,17 @@ async def test_device_memory_that_runs_out_is_one_sentence(host: ModelHost) -> N
     assert "limit of 0.54 GB" in failure.text
     assert "Tried to allocate 20.00 GiB." in failure.text
     assert "Traceback" not in failure.text
+
+
+async def test_a_job_that_takes_more_of_a_device_than_its_limit_is_stopped(host: ModelHost) -> None:
+    """The driver's count is played; that it is what the job has on a GPU is for `tests/gpu`."""
+    counts = iter([400 << 20])
+    runner = await host.lend()
+    runner._device_meter = DeviceMeter(runner.pid, lambda pid: next(counts, (400 << 20) + (3 << 30)))
+    failure = (await played(runner, traces.endless())).failure
+    assert failure.code == "out_of_memory"
+    assert "3.22 GB of memory on its GPU" in failure.text
+    assert failure.receipt.device_memory_bytes == 3 << 30
 
 
 async def test_a_write_that_the_gpu_refuses_says_what_to_do_instead(host: ModelHost) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from nnsight.modeling.transformers import TransformersModel
 from torch import nn
 
 from edif_mesh.errors import ModelLoadError
@@ -243,3 +246,48 @@ def test_a_mapped_model_passes_activations_on_as_one_that_was_loaded_over_device
     assert hasattr(module.transformer.h[0].attn.c_attn, "_hf_hook")
     assert torch.equal(*logits)
     assert module.lm_head.weight is module.transformer.wte.weight
+
+
+# ------------------------------------------------------------------------------------------------ families of models
+
+SMALL = dict(
+    vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=96, max_position_embeddings=128, pad_token_id=0,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Gemma2", {"head_dim": 16}),
+        ("Phi3", {}),
+    ],
+)  # fmt: skip
+def test_a_model_of_another_family_computes_and_generates_as_it_was_loaded(
+    family: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL, **more)
+    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    traces.tiny_model().tokenizer.save_pretrained(tmp_path)
+    loaded, structure = (
+        TransformersModel(str(tmp_path), task="text-generation", dispatch=True, **where)
+        for where in ({"device": "cpu"}, {"device": "meta", "device_map": "meta"})
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def outcome(module: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [module.eval()(ids).logits, module.generate(ids, max_new_tokens=4, do_sample=False)]
+
+    before = outcome(loaded._module)
+    shared, stores = SharedWeights(loaded, "shared_memory"), Stores("shared_memory")
+    mapped = [stores.attach(*item) for item in shared.published]
+    bind(structure._module, shared.manifest, block_storages(shared.manifest, mapped))
+    for after in (outcome(structure._module), outcome(loaded._module)):
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -25,6 +25,7 @@ from typing import Any
 from edif_mesh.errors import SandboxError, UnsupportedValueError
 from edif_mesh.results.archive import plan
 from site_agent.runner.confine import SandboxSettings, confine
+from site_agent.runner.process import take_small_pages
 from site_agent.runner.protocol import (
     HEAD,
     LOG_FRAME_COST_BYTES,
@@ -64,6 +65,7 @@ def serve(
     try:
         address_space = address_space or address_space_bytes()
         _hand_over_meter(sock, proc)
+        take_small_pages()
         gc.enable()
         confine(settings, sock.fileno(), number)
         if os.getppid() not in (host, 0):  # it died before the death signal was set; 0: it is outside our pid namespace

@@ -183,9 +183,8 @@ def _profile() -> Any:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def write(report: Report, peer: Report | None) -> None:
-    """Put the table between its marks in docs/benchmarks.md; everything else on the page stays."""
-    path = ROOT / "docs" / "benchmarks.md"
+def write(report: Report, peer: Report | None, path: Path = ROOT / "docs" / "benchmarks.md") -> None:
+    """Put the table between its marks in the page at `path`; everything else on it stays."""
     page = path.read_text()
     before, begin, rest = page.partition(_BEGIN)
     after = rest.partition(_END)[2] if begin else ""
@@ -222,10 +221,12 @@ def section(report: Report, peer: Report | None) -> str:
         cells = [row.model, row.trace, f"{row.here:.1f}", f"{row.there:.1f}", f"{row.there / row.here:.2f}"]
         cells += [f"{over:.1f} ms" if over > 0 else "met", "" if row.busy is None else f"{row.busy:.1f}"]
         other = beside.get((row.model, row.trace))
-        if peer:
-            cells += (
-                [f"{other.here:.1f}", f"{other.there:.1f}", f"{other.there / other.here:.2f}"] if other else [""] * 3
-            )
+        if other is not None and other.failed:
+            cells += [f"{other.here:.1f}", "failed", other.failed.partition(":")[0].rpartition(".")[2]]
+        elif other is not None:
+            cells += [f"{other.here:.1f}", f"{other.there:.1f}", f"{other.there / other.here:.2f}"]
+        elif peer:
+            cells += [""] * 3
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -27,7 +27,9 @@ def test_a_trace_that_a_peer_cannot_run_is_named_and_not_counted() -> None:
     assert fit(peer.rows) == pytest.approx((1.0, 20.0))
     assert "three failed: a.b.OutOfOrderError: no" in plain_table(peer)
     ours = Report("runner", 3, rows=[a_row("three", 50, 60), a_row("one", 10, 25)])
-    assert "| a model | three | 50.0 | 60.0 | 1.20 | met |  | 50.0 | failed | OutOfOrderError |" in section(ours, peer)
+    assert "| a model | three | 50.0 | 60.0 | 1.20 | met |  |  | 50.0 | failed | OutOfOrderError |" in section(
+        ours, peer
+    )
     assert "| a model | one | 10.0 | 25.0 | 2.50 | 4.0 ms |" in section(ours, peer)
 
 

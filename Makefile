@@ -42,8 +42,9 @@ format: $(STAMP) ## Format the code.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Measure this machine; the figures go to docs/benchmarks.md.
+bench: $(STAMP) ## Measure this machine, the mesh and then a runner beside in-process (about 10 minutes); writes docs/benchmarks.md.
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.runner --write
 
 sim: $(STAMP) ## Replay the simulator: make sim SEED=7 STEPS=20000.
 	$(BIN)/python -m tests.simulation.run --seeds $(or $(SEED),1) --steps $(or $(STEPS),20000)

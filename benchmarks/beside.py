@@ -88,6 +88,8 @@ def fit(rows: list[Row]) -> tuple[float, float]:
     The weights let short traces say what is fixed and keep one long trace from settling everything.
     """
     rows = [row for row in rows if not row.failed]
+    if not rows:
+        return 0.0, 0.0
     weights = [1 / row.here for row in rows]
     total = sum(weights)
     x = sum(w * row.here for w, row in zip(weights, rows, strict=True)) / total

@@ -183,9 +183,8 @@ def _profile() -> Any:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def write(report: Report, peer: Report | None) -> None:
-    """Put the table between its marks in docs/benchmarks.md; everything else on the page stays."""
-    path = ROOT / "docs" / "benchmarks.md"
+def write(report: Report, peer: Report | None, path: Path = ROOT / "docs" / "benchmarks.md") -> None:
+    """Put the table between its marks in the page at `path`; everything else on it stays."""
     page = path.read_text()
     before, begin, rest = page.partition(_BEGIN)
     after = rest.partition(_END)[2] if begin else ""
@@ -196,38 +195,55 @@ def write(report: Report, peer: Report | None) -> None:
 
 def section(report: Report, peer: Report | None) -> str:
     """Return the section of docs/benchmarks.md."""
-    a, b = fit(report.rows)
     lines = [
         "## A runner beside in-process",
         "",
-        f"Measured on {report.date}: {report.conditions}. Medians of {report.runs}, in-process and runner in turn. The aim is "
-        f"{AIM_RATIO} x in-process + {AIM_MS:.0f} ms. Over all rows: {a:.2f} x in-process {b:+.1f} ms. Results were "
-        + ("equal to the bit." if all(row.equal for row in report.rows) else "NOT all equal to the bit."),
+        f"Measured on {report.date}: {report.conditions}. Medians of {report.runs}, in-process and runner in turn; the aim is "
+        f"{AIM_RATIO} x in-process + {AIM_MS:.0f} ms. {_summary(report)}",
         "",
     ]
-    beside = {(row.model, row.trace): row for row in peer.rows} if peer else {}
     if peer:
-        a, b = fit(peer.rows)
-        lines[2:2] = [
-            f"Beside it {peer.what} on the same traces, in a run of its own with an in-process baseline of its own (its interpreter differs): "
-            f"{peer.conditions}. Over all rows: {a:.2f} x its in-process {b:+.1f} ms. Results were "
-            + ("equal to the bit." if all(row.equal for row in peer.rows) else "NOT all equal to the bit."),
+        lines += [
+            f"Beside it {peer.what} on the same traces, in a run and an interpreter of its own with its own in-process baseline: "
+            f"{peer.conditions}. Medians of {peer.runs}. {_summary(peer)}",
             "",
         ]
-    columns = ["model", "trace", "in-process ms", "runner ms", "ratio", "over the aim by", "back to back ms"]
-    columns += ["NDIF: in-process ms", "sandbox ms", "ratio"] if peer else []
+    columns = ["model", "trace", "in-process ms", "runner ms", "ratio", "over the aim by"]
+    columns += ["processor time, in-process and runner, ms", "back to back ms"]
+    columns += ["NDIF: in-process ms", "NDIF: sandbox ms", "NDIF: ratio"] if peer else []
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    beside = {(row.model, row.trace): row for row in peer.rows} if peer else {}
     for row in report.rows:
         over = row.there - (AIM_RATIO * row.here + AIM_MS)
         cells = [row.model, row.trace, f"{row.here:.1f}", f"{row.there:.1f}", f"{row.there / row.here:.2f}"]
-        cells += [f"{over:.1f} ms" if over > 0 else "met", "" if row.busy is None else f"{row.busy:.1f}"]
-        other = beside.get((row.model, row.trace))
-        if peer:
-            cells += (
-                [f"{other.here:.1f}", f"{other.there:.1f}", f"{other.there / other.here:.2f}"] if other else [""] * 3
-            )
+        cells += [f"{over:.1f} ms" if over > 0 else "met", _processor_time(row)]
+        cells += [
+            "" if row.busy is None else f"{row.busy:.1f}",
+            *(_beside(beside.get((row.model, row.trace))) if peer else ()),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _summary(report: Report) -> str:
+    a, b = fit(report.rows)
+    equal = "equal to the bit" if all(row.equal for row in report.rows) else "NOT all equal to the bit"
+    return f"Over all rows: {a:.2f} x in-process {b:+.1f} ms; results {equal}."
+
+
+def _processor_time(row: Row) -> str:
+    if not row.here_cpu_ms:
+        return ""
+    return f"{statistics.median(row.here_cpu_ms):.0f}, {statistics.median(row.there_cpu_ms):.0f}"
+
+
+def _beside(row: Row | None) -> list[str]:
+    """The cells of a peer's row."""
+    if row is None:
+        return ["", "", ""]
+    if row.failed:
+        return [f"{row.here:.1f}", "failed", row.failed.partition(":")[0].rpartition(".")[2]]
+    return [f"{row.here:.1f}", f"{row.there:.1f}", f"{row.there / row.here:.2f}"]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from site_agent.runner.devices import (
     limit_device_memory,
     ran_out_of_device_memory,
 )
+from site_agent.runner.process import take_small_pages
 from site_agent.runner.protocol import (
     HEAD,
     LOG_FRAME_COST_BYTES,
@@ -77,6 +78,7 @@ def serve(
     try:
         address_space = address_space or (address_space_bytes() if limited else 0)
         _hand_over_meter(sock, proc)
+        take_small_pages()
         gc.enable()
         confine(settings, sock.fileno(), number, prepare=prepare, borrowed=borrowed)
         if os.getppid() not in (host, 0):  # it died before the death signal was set; 0: it is outside our pid namespace

@@ -6,7 +6,7 @@ import torch
 
 from site_agent.runner.supervisor import Runner
 from tests import traces
-from tests.hosted import played, tiny_host
+from tests.hosted import code, played, run, tiny_host
 from tests.integration.coordinator_rig import eventually
 
 
@@ -31,3 +31,11 @@ async def test_a_runner_that_waits_warms_up() -> None:
         at_first = faults(runner)
         await eventually(lambda: faults(runner) > at_first + 50, "the runner warmed up")
         assert (await played(runner, traces.one_read())).values
+
+
+async def test_the_collector_is_on_again_when_a_job_runs() -> None:
+    source = "import gc\noutcome = [gc.isenabled(), *gc.get_threshold()]"
+    async with tiny_host(ready=1) as host:
+        enabled, young, *_ = (await run(host, code(source))).values["outcome"]
+        assert enabled
+        assert 0 < young < 10_000

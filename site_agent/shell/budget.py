@@ -14,6 +14,9 @@ from site_agent.shell.catalogue import Entry, catalogue
 _USABLE = 0.8
 """Of the memory that is free at start; the rest is for the agent, the system and what nobody has thought of."""
 
+_SPARE = 1.25
+"""A model may turn out larger than it was reckoned; that alone must not make others leave."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shares:
@@ -41,7 +44,7 @@ def share_memory(config: SiteConfig, entries: tuple[Entry, ...], free_bytes: int
     usable = int(free_bytes * _USABLE)
     loadable = [entry.offer for entry in entries if not entry.problem]
     pinned = [offer for offer in loadable if offer.pinned]
-    wanted = sum(offer.takes_bytes for offer in loadable)
+    wanted = int(_SPARE * sum(offer.takes_bytes for offer in loadable))
     kept = sum(offer.takes_bytes for offer in pinned)
     most = max(kept, usable // 2, free_bytes - config.memory_bytes if config.memory_bytes else 0)
     models = config.models_bytes or min(wanted, most, max(0, machine_bytes - config.memory_bytes))

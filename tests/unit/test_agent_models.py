@@ -265,3 +265,14 @@ def test_an_eviction_names_its_reason() -> None:
     assert desk.offer(A).detail == "makes room for m/c"
     assert desk.offer(C).detail == "waiting for the memory of m/a"
     assert EvictModel(A) in desk.done
+
+
+def test_whoever_waits_is_told_for_what() -> None:
+    desk = a_desk()
+    first = desk.asks(C)
+    assert desk.last(first).detail == "m/c is being loaded: waiting for the memory of m/a"
+    desk.evicted(A)
+    desk.happens(ev.ModelProgressed(C, "loading weights, 42 % of 1.00 GB in memory"))
+    assert desk.last(first).detail == "loading weights, 42 % of 1.00 GB in memory"
+    second = desk.asks(C)
+    assert desk.last(second).detail == "m/c is being loaded: loading weights, 42 % of 1.00 GB in memory"

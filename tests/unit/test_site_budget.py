@@ -35,7 +35,12 @@ def entries(*sizes: int, pinned: int = 0) -> tuple[Entry, ...]:
 @pytest.mark.parametrize(
     ("settings", "sizes", "models_gb", "runners_gb"),
     [
-        ({}, (2, 3), 5, 11),  # 16 of the 20 free GB are shared out: the models what they need, runners the rest
+        (
+            {},
+            (2, 2),
+            5,
+            11,
+        ),  # 16 of the 20 free GB are shared out: the models what they need and more, runners the rest
         ({}, (9, 9), 8, 8),  # ... or half, when they need more
         ({"models_bytes": 12 * GB}, (9, 9), 12, 4),
         ({"memory_bytes": 6 * GB}, (9, 9), 14, 6),

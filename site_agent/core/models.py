@@ -165,8 +165,10 @@ def _wait(model: Model, state: State, now: Now) -> Decision:
     if is_free(repo_id, state):
         return Decision((ModelChanged(_loading(model, "starting")),), (LoadModel(repo_id), SendAdvert()))
     plan = plan_for(repo_id, state, now)
+    if not plan.evict:
+        return Decision()
     record = tuple(ModelChanged(_evicting(state.models[name], repo_id)) for name in plan.evict)
-    return Decision(record, tuple(EvictModel(name) for name in plan.evict))
+    return Decision(record, (*(EvictModel(name) for name in plan.evict), SendAdvert()))
 
 
 def _start_queued(state: State) -> Iterator[tuple[Change, Effect]]:

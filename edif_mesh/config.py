@@ -128,7 +128,7 @@ class SiteConfig:
     """For runners, beyond the models; 0 means 80 % of what is free at start, less `models_bytes`."""
     models_bytes: int = 0
     """For loaded models together: their weights, and 0.47 GB for the process of each. 0 means what all of them need and a quarter
-    more; at most half of 80 % of what is free at start, or what `memory_bytes` leaves of it where that is more."""
+    more; at most half of 80 % of what is free at start, or what the largest needs, or what `memory_bytes` leaves free."""
     min_residency_s: int = 600
     """A model that was loaded stays for so long before another one may take its place."""
     hf_cache: Path | None = None

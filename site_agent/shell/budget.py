@@ -46,7 +46,9 @@ def share_memory(config: SiteConfig, entries: tuple[Entry, ...], free_bytes: int
     pinned = [offer for offer in loadable if offer.pinned]
     wanted = int(_SPARE * sum(offer.takes_bytes for offer in loadable))
     kept = sum(offer.takes_bytes for offer in pinned)
-    most = max(kept, usable // 2, free_bytes - config.memory_bytes if config.memory_bytes else 0)
+    largest = max((offer.takes_bytes for offer in loadable), default=0)
+    left = free_bytes - config.memory_bytes if config.memory_bytes else min(usable, largest)
+    most = max(kept, usable // 2, left)
     models = config.models_bytes or min(wanted, most, max(0, machine_bytes - config.memory_bytes))
     if kept > models:
         listed = " + ".join(f"{offer.repo_id} {_gb(offer.takes_bytes)}" for offer in pinned)

@@ -41,7 +41,9 @@ def entries(*sizes: int, pinned: int = 0) -> tuple[Entry, ...]:
             5,
             11,
         ),  # 16 of the 20 free GB are shared out: the models what they need and more, runners the rest
-        ({}, (9, 9), 8, 8),  # ... or half, when they need more
+        ({}, (7, 7), 8, 8),  # ... or half, when they need more
+        ({}, (9, 9), 9, 7),  # ... and as much as the largest needs, as far as there is that much
+        ({}, (18,), 16, 0),
         ({"models_bytes": 12 * GB}, (9, 9), 12, 4),
         ({"memory_bytes": 6 * GB}, (9, 9), 14, 6),
         ({"memory_bytes": 22 * GB}, (9, 9), 2, 22),

@@ -132,9 +132,9 @@ class SiteConfig:
     memory_bytes: int = 0
     """For runners, beyond the models; 0 means 80 % of what is free at start, less `models_bytes`."""
     models_bytes: int = 0
-    """For loaded models together: their weights, and 0.47 GB for the process of each. 0 means what all of them need; at most
-    half of 80 % of what is free at start, or what `memory_bytes` leaves of it where that is more. At a site whose models lie on
-    GPUs it speaks of the GPUs' memory together, of which 0 gives 80 % of what is free at most."""
+    """For loaded models together: their weights, and 0.47 GB for the process of each. 0 means what all of them need and a quarter
+    more; at most half of 80 % of what is free at start, or what the largest needs, or what `memory_bytes` leaves free. At a site whose
+    models lie on GPUs it speaks of the GPUs' memory together, of which 0 gives 80 % of what is free at most."""
     min_residency_s: int = 600
     """A model that was loaded stays for so long before another one may take its place."""
     hf_cache: Path | None = None

@@ -60,7 +60,9 @@ def _settled(record: SiteRecord, busy: Collection[str], now_ms: int) -> list[Res
         for offer in advert.models
         if offer.pinned or offer.repo_id in busy or offer.state in (ModelState.LOADED, ModelState.LOADING)
     ]
-    leaving = plan_room(0, advert.models_bytes, there).evict
+    # What turned out larger than it was reckoned stays all the same: only what we have granted since makes others leave.
+    loaded = sum(o.takes_bytes for o in advert.models if o.state in (ModelState.LOADED, ModelState.LOADING))
+    leaving = plan_room(0, advert.models_bytes and max(advert.models_bytes, loaded), there).evict
     return [item for item in there if item.repo_id not in leaving]
 
 

@@ -25,6 +25,7 @@ from site_agent.core.changes import (
     Change,
     EpochRaised,
     HeldChanged,
+    ModelChanged,
     ModelUsed,
     OldForgotten,
     PairSeen,
@@ -33,7 +34,7 @@ from site_agent.core.changes import (
     StatusChanged,
 )
 from site_agent.core.effects import Decision, DropResult, Effect, SendAdvert, SendReport, StartAttempt
-from site_agent.core.state import AttemptKey, Held, Now, State
+from site_agent.core.state import AttemptKey, Held, Model, Now, State
 
 RESTART_GAP = 1_000
 """How far the sequence jumps at a restart: reports of progress are not journaled, and must not be newer."""
@@ -160,15 +161,20 @@ def _accepted(event: ev.GrantReceived, state: State, now: Now) -> Decision:
     if model.loaded:
         record += [AttemptOpened(held), ModelUsed(order.model.repo_id, now)]
         return Decision(tuple(record), (StartAttempt(held), SendAdvert()))
-    report = report_of(held, AttemptStatus.LOADING, state, now, detail=f"{order.model.repo_id} is being loaded.")
+    on_its_way = model.queued or model.offer.state is ModelState.LOADING
+    begun = Decision() if on_its_way else models.load(order.model.repo_id, state, now)
+    report = report_of(held, AttemptStatus.LOADING, state, now, detail=_how_far(model, begun))
     waiting = replace(held, status=AttemptStatus.LOADING, sequence=report.sequence)
-    record += [AttemptOpened(waiting), Reported(report)]
-    act: list[Effect] = [SendReport(report), SendAdvert()]
-    if not (model.queued or model.offer.state is ModelState.LOADING):
-        begun = models.load(order.model.repo_id, state, now)
-        record += begun.record
-        act += begun.act
-    return Decision(tuple(record), tuple(act))
+    record += [AttemptOpened(waiting), Reported(report), *begun.record]
+    return Decision(tuple(record), (SendReport(report), SendAdvert(), *begun.act))
+
+
+def _how_far(model: Model, begun: Decision) -> str:
+    """Say where the loading stands with which `begun` begins, or that goes on already."""
+    name = model.offer.repo_id
+    now = [c.model for c in begun.record if isinstance(c, ModelChanged) and c.model.offer.repo_id == name]
+    detail = (now or [model])[-1].offer.detail
+    return f"{name} is being loaded" + (f": {detail}" if detail else "")
 
 
 def _stop(stop: StopAttempt, state: State, now: Now) -> Decision:

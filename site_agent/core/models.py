@@ -29,7 +29,8 @@ def load(repo_id: str, state: State, now: Now) -> Decision:
     record: list[Change] = [ModelChanged(_evicting(state.models[name], repo_id)) for name in plan.evict]
     act: list[Effect] = [EvictModel(name) for name in plan.evict]
     if model.offer.state is ModelState.EVICTING:
-        record.append(ModelChanged(replace(model, queued=_last_place(state))))
+        again = replace(model.offer, detail="it was just being unloaded, and comes back")
+        record.append(ModelChanged(replace(model, queued=_last_place(state), offer=again)))
     elif is_free(repo_id, state):
         record.append(ModelChanged(_loading(model, "starting")))
         act.append(LoadModel(repo_id))
@@ -164,8 +165,10 @@ def _wait(model: Model, state: State, now: Now) -> Decision:
     if is_free(repo_id, state):
         return Decision((ModelChanged(_loading(model, "starting")),), (LoadModel(repo_id), SendAdvert()))
     plan = plan_for(repo_id, state, now)
+    if not plan.evict:
+        return Decision()
     record = tuple(ModelChanged(_evicting(state.models[name], repo_id)) for name in plan.evict)
-    return Decision(record, tuple(EvictModel(name) for name in plan.evict))
+    return Decision(record, (*(EvictModel(name) for name in plan.evict), SendAdvert()))
 
 
 def _start_queued(state: State) -> Iterator[tuple[Change, Effect]]:

@@ -15,6 +15,9 @@ from site_agent.shell.catalogue import Entry, catalogue
 _USABLE = 0.8
 """Of the memory that is free at start; the rest is for the agent, the system and what nobody has thought of."""
 
+_SPARE = 1.25
+"""A model may turn out larger than it was reckoned; that alone must not make others leave."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shares:
@@ -44,8 +47,9 @@ def share_memory(config: SiteConfig, entries: tuple[Entry, ...], free_bytes: int
     Raises ConfigError when both together exceed the machine, or the pinned models the share of the models.
     """
     usable = int(free_bytes * _USABLE)
-    wanted, kept = _needed(entries)
-    most = max(kept, usable // 2, free_bytes - config.memory_bytes if config.memory_bytes else 0)
+    wanted, kept, largest = _needed(entries)
+    left = free_bytes - config.memory_bytes if config.memory_bytes else min(usable, largest)
+    most = max(kept, usable // 2, left)
     models = config.models_bytes or min(wanted, most, max(0, machine_bytes - config.memory_bytes))
     _demand_room_for_pinned(entries, kept, models)
     if models + config.memory_bytes > machine_bytes or (wanted and not models):
@@ -64,7 +68,7 @@ def share_gpus(
     All GPUs count together, as a device map sees them; a model that fits into their sum and into none of them fails when it
     is loaded, with the driver's word. What GPUs have beside models is for the runners' own use of them. Not yet measured.
     """
-    wanted, kept = _needed(entries)
+    wanted, kept, _ = _needed(entries)
     free, total = sum(gpu.free_bytes for gpu in gpus), sum(gpu.memory_bytes for gpu in gpus)
     models = config.models_bytes or min(wanted, max(kept, int(free * _USABLE)))
     _demand_room_for_pinned(entries, kept, models)
@@ -94,10 +98,11 @@ def _marked(entry: Entry, pinned: list[Resident], models_bytes: int, site: str) 
     )
 
 
-def _needed(entries: tuple[Entry, ...]) -> tuple[int, int]:
-    """What all models that can be loaded take together, and what the pinned ones of them do."""
+def _needed(entries: tuple[Entry, ...]) -> tuple[int, int, int]:
+    """What all models that can be loaded take together, with some to spare; what the pinned ones do; what the largest does."""
     loadable = [entry.offer for entry in entries if not entry.problem]
-    return sum(o.takes_bytes for o in loadable), sum(o.takes_bytes for o in loadable if o.pinned)
+    sizes = [offer.takes_bytes for offer in loadable]
+    return int(_SPARE * sum(sizes)), sum(o.takes_bytes for o in loadable if o.pinned), max(sizes, default=0)
 
 
 def _demand_room_for_pinned(entries: tuple[Entry, ...], kept: int, models_bytes: int) -> None:

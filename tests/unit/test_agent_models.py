@@ -215,6 +215,24 @@ def test_what_is_larger_than_it_was_reckoned_makes_more_room() -> None:
     assert sorted(desk.evicting) == [A, B]
 
 
+def test_more_goes_when_what_was_loading_turns_out_larger_than_it_was_reckoned() -> None:
+    desk = AgentDesk([an_offer(A, GB), an_offer(B, GB), an_offer(C, GB), an_offer(D, 2 * GB)], 4 * GB)
+    running = [desk.asks(name) for name in (A, B, C)]
+    for name, key in zip((A, B, C), running, strict=True):
+        if name != C:
+            desk.loaded(name)
+            desk.ends(key)
+    waits = desk.asks(D)
+    assert desk.evicting == [A]
+    desk.loaded(C, 2 * GB)
+    desk.evicted(A)
+    assert desk.loading == [], "3 GB are taken, and 2 more are needed"
+    assert desk.ticks()[-2:] == [EvictModel(B), SendAdvert()]
+    desk.evicted(B)
+    desk.loaded(D)
+    assert desk.running[waits] == D
+
+
 def test_a_host_that_dies_while_it_is_evicted_is_gone_once() -> None:
     desk = a_desk()
     desk.asks(C)
@@ -265,3 +283,14 @@ def test_an_eviction_names_its_reason() -> None:
     assert desk.offer(A).detail == "makes room for m/c"
     assert desk.offer(C).detail == "waiting for the memory of m/a"
     assert EvictModel(A) in desk.done
+
+
+def test_whoever_waits_is_told_for_what() -> None:
+    desk = a_desk()
+    first = desk.asks(C)
+    assert desk.last(first).detail == "m/c is being loaded: waiting for the memory of m/a"
+    desk.evicted(A)
+    desk.happens(ev.ModelProgressed(C, "loading weights, 42 % of 1.00 GB in memory"))
+    assert desk.last(first).detail == "loading weights, 42 % of 1.00 GB in memory"
+    second = desk.asks(C)
+    assert desk.last(second).detail == "m/c is being loaded: loading weights, 42 % of 1.00 GB in memory"

@@ -87,6 +87,11 @@ def test_a_model_that_must_leave_for_our_own_grant_is_no_longer_warm() -> None:
     assert [r.code for v in desk.sees(second, explain=True).why for r in v.reasons] == ["no_room"]
 
 
+def test_a_loaded_model_that_turned_out_larger_than_the_budget_is_used_while_it_is_there() -> None:
+    desk = a_desk(a_model("m/a", LOADED, size=3 * GB), a_model("m/b"), budget=2 * GB)
+    assert desk.job(desk.orders(1, model=ModelRef("m/a"))).status is JobStatus.PLACED
+
+
 def test_more_jobs_for_the_model_that_is_coming_go_there_too() -> None:
     desk = a_desk(a_model("m/a", LOADED), a_model("m/b"), budget=GB)
     desk.orders(1, model=ModelRef("m/b"))

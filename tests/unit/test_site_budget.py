@@ -35,8 +35,15 @@ def entries(*sizes: int, pinned: int = 0) -> tuple[Entry, ...]:
 @pytest.mark.parametrize(
     ("settings", "sizes", "models_gb", "runners_gb"),
     [
-        ({}, (2, 3), 5, 11),  # 16 of the 20 free GB are shared out: the models what they need, runners the rest
-        ({}, (9, 9), 8, 8),  # ... or half, when they need more
+        (
+            {},
+            (2, 2),
+            5,
+            11,
+        ),  # 16 of the 20 free GB are shared out: the models what they need and more, runners the rest
+        ({}, (7, 7), 8, 8),  # ... or half, when they need more
+        ({}, (9, 9), 9, 7),  # ... and as much as the largest needs, as far as there is that much
+        ({}, (18,), 16, 0),
         ({"models_bytes": 12 * GB}, (9, 9), 12, 4),
         ({"memory_bytes": 6 * GB}, (9, 9), 14, 6),
         ({"memory_bytes": 22 * GB}, (9, 9), 2, 22),
@@ -79,7 +86,7 @@ GPUS = (Device("cuda", "one", 80 * GB, 60 * GB), Device("cuda", "two", 80 * GB, 
 @pytest.mark.parametrize(
     ("settings", "sizes", "models_gb", "runners_gb"),
     [
-        ({}, (2, 3), 5, 16),  # the machine's memory is the runners' alone
+        ({}, (2, 2), 5, 16),  # a quarter more than they need; the machine's memory is the runners' alone
         ({}, (90, 90), 104, 16),  # 80 % of what the GPUs have free
         ({"models_bytes": 150 * GB, "memory_bytes": 20 * GB}, (90, 90), 150, 20),
     ],

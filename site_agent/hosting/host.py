@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-from edif_mesh.errors import SandboxError
+from edif_mesh.errors import ModelLoadError, SandboxError
 from site_agent.hosting.digest import weights_digest
 from site_agent.hosting.pages import collapse
 from site_agent.hosting.spec import LOADING_WEIGHTS, HostFacts, ModelSpec
@@ -269,4 +269,6 @@ def sentence(spec: ModelSpec, error: Exception) -> str:
     if isinstance(error, SandboxError):
         return str(error)
     text = str(error).strip().split("\n")[0][:500]
+    if isinstance(error, ModelLoadError):
+        return f"The model {spec.repo_id} could not be loaded: {text}"
     return f"The model {spec.repo_id} could not be loaded: {type(error).__name__}: {text}"

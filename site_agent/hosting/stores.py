@@ -31,16 +31,16 @@ def choose_sharing(spec: ModelSpec, devices: list[str]) -> str:
     return CUDA_IPC
 
 
+_CUDA: dict[str, type[CudaVmm] | type[CudaIpc]] = {CUDA_VMM: CudaVmm, CUDA_IPC: CudaIpc}
+
+
 class Stores:
     """All stores of one process. Segments on the CPU are shared memory in every kind."""
 
     def __init__(self, sharing: str) -> None:
         self._cpu: SegmentStore = SharedMemory(writable=sharing == SHARED_MEMORY_WRITABLE)
         self._cuda: SegmentStore | None = None
-        if sharing == CUDA_VMM:
-            self._cuda = CudaVmm()
-        elif sharing == CUDA_IPC:
-            self._cuda = CudaIpc()
+        self._sharing = sharing
         self._order: list[SegmentStore] = []
 
     def create(self, segment: Segment) -> Mapped:
@@ -61,6 +61,8 @@ class Stores:
     def _of(self, device: str) -> SegmentStore:
         if device == "cpu":
             return self._cpu
-        if self._cuda is None:
+        if self._sharing not in _CUDA:
             raise ModelLoadError(f"Weights on {device} cannot be shared as memory of the CPU.")
+        if self._cuda is None:
+            self._cuda = _CUDA[self._sharing]()
         return self._cuda

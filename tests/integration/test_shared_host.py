@@ -222,3 +222,11 @@ async def test_a_model_that_cannot_be_loaded_is_refused_with_the_owners_sentence
     with pytest.raises(ModelLoadError, match=r"The model edif-test/nowhere could not be loaded: \w+"):
         async with a_host("edif-test/nowhere", sharing="shared_memory"):
             pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has the driver")
+async def test_a_gpu_without_a_driver_is_said_in_one_sentence() -> None:
+    with pytest.raises(ModelLoadError, match="could not be loaded: There is no NVIDIA driver on this machine"):
+        async with a_host(models.tiny_gpt2(), sharing="cuda"):
+            pass

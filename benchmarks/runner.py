@@ -182,7 +182,12 @@ def _profile() -> Any:
     from edif_mesh.domain.site import SandboxProfile
     from site_agent.runner.selftest import try_profile
 
-    return next(p for p in (SandboxProfile.NAMESPACED, SandboxProfile.BASE) if not try_profile(p, ()))
+    for profile in (SandboxProfile.NAMESPACED, SandboxProfile.BASE):
+        if not try_profile(profile, ()):
+            return profile
+    raise SystemExit(
+        "No sandbox profile holds on this machine, so there is no runner to measure (`edif-site check` says why)."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- output

@@ -150,5 +150,5 @@ def conditions() -> str:
             model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
     return (
         f"{os.cpu_count()} cores ({model}), Python {'.'.join(map(str, sys.version_info[:3]))}, torch {version('torch')} on CPU, one thread, "
-        f"nnsight {version('nnsight')}, transformers {version('transformers')}, load {os.getloadavg()[0]:.1f}"
+        f"nnsight {version('nnsight')}, transformers {version('transformers')}, load average {os.getloadavg()[0]:.1f}"
     )

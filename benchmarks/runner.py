@@ -1,6 +1,7 @@
 """A runner beside the same trace in-process: what the sandbox and the fork cost. Never asserts; prints, and writes if asked.
 
     python -m benchmarks.runner [--runs 30] [--models smollm2 deep] [--json FILE] [--beside NDIF.json] [--write]
+    python -m benchmarks.runner --figures FILE --beside NDIF.json --write
 
 In-process is the researcher's own local nnsight, warm: the model loaded, the block compiled. A runner is timed through the
 production supervisor, from the payload handed over to the values decoded. Both run with one torch thread and in turn, so
@@ -38,10 +39,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(traces.SUBJECTS), default=list(traces.SUBJECTS))
     parser.add_argument("--traces", nargs="+", choices=list(traces.TRACES), default=list(traces.TRACES))
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--figures", type=Path, help="measure nothing: take the figures that --json wrote before")
     parser.add_argument("--beside", type=Path, help="figures of benchmarks/peers/ndif.py, for the table")
     parser.add_argument("--write", action="store_true", help="replace the table in docs/benchmarks.md")
     given = parser.parse_args()
-    report = measured(given.models, given.traces, given.runs, given.busy_runs)
+    measure_now = given.figures is None
+    report = (
+        measured(given.models, given.traces, given.runs, given.busy_runs) if measure_now else Report.load(given.figures)
+    )
     print(f"\n{plain_table(report)}")
     if given.json:
         report.save(given.json)
@@ -177,7 +182,12 @@ def _profile() -> Any:
     from edif_mesh.domain.site import SandboxProfile
     from site_agent.runner.selftest import try_profile
 
-    return next(p for p in (SandboxProfile.NAMESPACED, SandboxProfile.BASE) if not try_profile(p, ()))
+    for profile in (SandboxProfile.NAMESPACED, SandboxProfile.BASE):
+        if not try_profile(profile, ()):
+            return profile
+    raise SystemExit(
+        "No sandbox profile holds on this machine, so there is no runner to measure (`edif-site check` says why)."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- output

@@ -1,13 +1,14 @@
 """NDIF 0.1.2's own sandbox beside the same traces in-process, in one interpreter. Prints a table; asserts nothing.
 
-NDIF needs Python 3.12, so it has an environment of its own, outside the repository (torch for CPU is enough):
+NDIF needs Python 3.12, so it has an environment of its own, outside the repository (any build of torch; it runs on the CPU):
 
     python3.12 -m venv /tmp/ndif && /tmp/ndif/bin/pip install torch==2.13.0 nnsight==0.8.1 transformers==5.22.2 \
         accelerate zstandard greenlet 'ndif==0.1.2'
     /tmp/ndif/bin/python -m benchmarks.peers.ndif --json ndif.json         # from the repository's root
     .venv/bin/python -m benchmarks.runner --beside ndif.json --write       # both in one table
 
-The models must be in the cache already: run `python -m benchmarks.runner --runs 1` once before. Of NDIF this uses what its
+Ten runs of each trace take about seven minutes on two cores, most of it for starting NDIF's runners: `--runs 30` a quarter of
+an hour more. The models must be in the cache already: run `python -m benchmarks.runner --runs 1` once before. Of NDIF this uses what its
 model actor uses (`ndif.services.ray.sandbox`): `host.spawn` for a runner process as it ships, started with the model's key,
 `SandboxDriver` to drive the loaded model for it, and the blob of saved values that a client gets. Ray, Redis, queue, object
 store and HTTP are left out, and runners are started in batches while nothing is timed, so that NDIF's pool, which would

@@ -144,6 +144,9 @@ class State:
     models: dict[str, Model] = field(default_factory=dict)
     """By repo id."""
     note: str = ""
+    """Why this site runs nothing, for as long as the agent lives; empty: it does."""
+    trouble: str = ""
+    """Why the journal cannot be written at present; empty: it can."""
 
     @property
     def computing(self) -> list[Held]:

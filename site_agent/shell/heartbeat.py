@@ -124,4 +124,4 @@ def build_advert(state: State, now: Now) -> Advert:
 def _note(state: State) -> str:
     """What the operator should see: the agent's own trouble, and models that were loaded anew for an alarm."""
     alarms = [model.offer.detail for model in state.models.values() if model.loaded and model.offer.detail]
-    return " ".join([*filter(None, [state.note]), *alarms])
+    return " ".join([*filter(None, [state.note, state.trouble]), *alarms])

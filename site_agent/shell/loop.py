@@ -98,10 +98,10 @@ class AgentLoop:
             await loop.run_in_executor(self._writer, self._journal.commit, durable, now.wall_ms)
         except JournalError as error:
             log.error("journal failed", extra={"text": str(error)})
-            self.state.note = str(error)
+            self.state.trouble = str(error)
             return Failure(error.code, str(error))
         self._later.clear()
-        self.state.note = ""
+        self.state.trouble = ""
         return None
 
     def _may_audit(self, now: Now) -> bool:

@@ -126,6 +126,9 @@ async def test_a_site_without_a_sandbox_that_is_strong_enough_runs_nothing_and_s
         assert report.status is AttemptStatus.DECLINED
         assert report.failure is not None
         assert report.failure.code == "no_sandbox"
+        seen = len(coordinator.adverts)
+        later = await coordinator.until(lambda: len(coordinator.adverts) > seen and coordinator.adverts[-1])
+        assert later.note == advert.note  # what was journaled since has not wiped it out
         assert agent.process is not None
         assert psutil.Process(agent.process.pid).children() == []
         assert agent.signal(signal.SIGTERM) == 0

@@ -72,7 +72,7 @@ async def test_what_was_reckoned_is_what_is_loaded_and_an_evicted_model_leaves_n
 ) -> None:
     spec, heard = a_spec(build(), dtype, attention), Heard()  # type: ignore[operator]
     keeper = ModelKeeper([spec], HostSettings(ready_children=2, hf_cache=models.cache()), tmp_path, heard.tell)
-    before = hosts()
+    before, late = hosts(), await asyncio.create_subprocess_exec("sleep", "600")
     try:
         keeper.load(spec.repo_id, an_offer(spec))
         loaded = await heard.until(ModelLoaded, ModelFailed)
@@ -89,35 +89,21 @@ async def test_what_was_reckoned_is_what_is_loaded_and_an_evicted_model_leaves_n
         )
         assert f"loading weights, 0 % of {size} in memory" in said
         await keeper.lend(spec.repo_id)
-        keeper.evict(spec.repo_id)
-        await heard.until(ModelEvicted)
-        assert heard.alive[-1] <= before, "a process of the evicted model was there when its memory was called free"
-        assert not [event for event in heard.events if isinstance(event, HostLost)]
-    finally:
-        await keeper.close()
-
-
-async def test_an_eviction_waits_for_a_runner_that_dies_late(tmp_path: Path) -> None:
-    spec, heard = a_spec(models.tiny_gpt2()), Heard()
-    keeper = ModelKeeper([spec], HostSettings(ready_children=0, hf_cache=models.cache()), tmp_path, heard.tell)
-    runner = await asyncio.create_subprocess_exec("sleep", "600")
-    try:
-        keeper.load(spec.repo_id, an_offer(spec))
-        await heard.until(ModelLoaded, ModelFailed)
         (host,) = keeper._hosts.values()
         # No runner outlives a SIGKILL for long; this one stands for the moment in which it still holds memory.
-        host._children[-1] = SimpleNamespace(pid=runner.pid, has_exited=lambda status: None)  # type: ignore[assignment]
+        host._children[-1] = SimpleNamespace(pid=late.pid, has_exited=lambda status: None)  # type: ignore[assignment]
         keeper.evict(spec.repo_id)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(heard.until(ModelEvicted), 1)
         assert not psutil.pid_exists(host.facts.pid), "the host itself was not ended"
-        runner.kill()
+        late.kill()
         await heard.until(ModelEvicted)
+        assert heard.alive[-1] <= before, "a process of the evicted model was there when its memory was called free"
         assert not [event for event in heard.events if isinstance(event, HostLost)]
     finally:
         with contextlib.suppress(ProcessLookupError):
-            runner.kill()
-        await runner.wait()
+            late.kill()
+        await late.wait()
         await keeper.close()
 
 

@@ -49,11 +49,7 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
     except Exception as error:
         say(control, {"error": sentence(spec, error)})
         return
-    harden_parent()
-    forget_warm_up()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    settle()
     collapse()
     size = address_space_bytes()
     try:
@@ -67,6 +63,15 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
         serve(sock, model, payload, settings, host, number=number, address_space=size, proc=proc)
 
     serve_forks(control, enclosure, start, model)
+
+
+def settle() -> None:
+    """Before the first fork: be unreadable for others, hold nothing of the warm-up, and leave pages that children share alone."""
+    harden_parent()
+    forget_warm_up()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 
 
 def load(spec: ModelSpec, control: socket.socket | None, device: str = "") -> tuple[Any, HostFacts]:

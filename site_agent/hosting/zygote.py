@@ -8,7 +8,6 @@ that CUDA starts are then confined like the first one. To the agent it is a host
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any
 from edif_mesh.errors import ModelLoadError, SandboxError
 from site_agent.hosting import owner
 from site_agent.hosting.cuda_driver import load_library
-from site_agent.hosting.host import MAX_CONTROL_BYTES, capture_warm_up, load, say, sentence, serve_forks
+from site_agent.hosting.host import MAX_CONTROL_BYTES, capture_warm_up, load, say, sentence, serve_forks, settle
 from site_agent.hosting.manifest import Manifest, bind
 from site_agent.hosting.segments import Handle, block_storages
 from site_agent.hosting.spec import HostFacts, ModelSpec
@@ -28,7 +27,6 @@ from site_agent.runner.child import address_space_bytes, execute, forget_warm_up
 from site_agent.runner.confine import settings_for
 from site_agent.runner.devices import cuda_has_started, for_cuda, shown
 from site_agent.runner.namespaces import Enclosure
-from site_agent.runner.process import harden_parent
 
 
 def main(control: socket.socket, enclosure: Enclosure) -> None:
@@ -52,11 +50,7 @@ def main(control: socket.socket, enclosure: Enclosure) -> None:
     except Exception as error:
         say(control, {"error": sentence(spec, error)})
         return
-    harden_parent()
-    forget_warm_up()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    settle()
     size = address_space_bytes() + sum(handle.size_bytes for handle in weights.handles)
     try:
         enclosure.close_off(shown(settings), settings.devices)

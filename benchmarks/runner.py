@@ -24,8 +24,8 @@ from benchmarks import traces
 from benchmarks.beside import AIM_MS, AIM_RATIO, Report, Row, fit, plain_table
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UPS = 3
-_QUIET_S = 0.15
+WARM_UPS = 2
+_QUIET_S = 0.12
 """Longer than a runner waits before it warms up."""
 _PATIENCE_S = 30.0
 _BEGIN, _END = "<!-- runner: begin (written by `python -m benchmarks.runner --write`) -->", "<!-- runner: end -->"
@@ -35,7 +35,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30, help="measured runs of each trace, each way")
-    parser.add_argument("--busy-runs", type=int, default=10, help="runs back to back; 0 leaves that column out")
+    parser.add_argument("--busy-runs", type=int, default=6, help="runs back to back; 0 leaves that column out")
     parser.add_argument("--models", nargs="+", choices=sorted(traces.SUBJECTS), default=list(traces.SUBJECTS))
     parser.add_argument("--traces", nargs="+", choices=list(traces.TRACES), default=list(traces.TRACES))
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -57,7 +57,7 @@ def main() -> None:
         write(report, peer)
 
 
-def measured(models: list[str], names: list[str], runs: int, busy_runs: int = 10) -> Report:
+def measured(models: list[str], names: list[str], runs: int, busy_runs: int = 6) -> Report:
     """Measure the named traces on the named models (keys of `traces.SUBJECTS`, `traces.TRACES`)."""
     traces.prepare_cache()
     if "smollm2" in models:

@@ -36,8 +36,8 @@ def judge(
 ) -> SiteVerdict:
     """Return the site's verdict on the order: all its reasons, or its expected completion time in seconds.
 
-    `busy` are the models of the attempts of ours that the site may hold, `leaving` those that get no more. A cold model costs its load time, and once more
-    in proportion to the memory that others must leave for it: somebody will have to load them again.
+    `busy` are the models of the attempts of ours that the site may hold, `leaving` those that get no more. A cold model costs
+    its load time, and once more in proportion to the memory that others must leave for it: somebody will have to load them again.
     """
     offer = find_offer(job, record)
     found = berth(offer, record, busy, now_ms) if offer is not None else None

@@ -143,7 +143,7 @@ class ModelHost:
         return self._ready.qsize()
 
     async def lend(self) -> Runner:
-        """Return a ready runner, and have the next one forked.
+        """Return a ready runner; `replenish`, when it has ended, has the next one forked.
 
         Raises RunnerError when the host is gone, NoRunnerError when the machine has refused it processes for seconds.
         """

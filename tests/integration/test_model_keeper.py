@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +16,7 @@ from site_agent.core.events import Event, HostLost, ModelEvicted, ModelFailed, M
 from site_agent.hosting.footprint import HOST_BYTES, estimate_weights_bytes
 from site_agent.hosting.lender import HostSettings
 from site_agent.hosting.spec import ModelSpec
+from site_agent.runner.supervisor import Runner
 from site_agent.shell.models import ModelKeeper
 from tests import models
 
@@ -91,13 +92,16 @@ async def test_what_was_reckoned_is_what_is_loaded_and_an_evicted_model_leaves_n
         await keeper.lend(spec.repo_id)
         (host,) = keeper._hosts.values()
         # No runner outlives a SIGKILL for long; this one stands for the moment in which it still holds memory.
-        host._children[-1] = SimpleNamespace(pid=late.pid, has_exited=lambda status: None)  # type: ignore[assignment]
+        ours, theirs = socket.socketpair()
+        host._children[-1] = stand_in = Runner(ours, late.pid, "cpu")
         keeper.evict(spec.repo_id)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(heard.until(ModelEvicted), 1)
         assert not psutil.pid_exists(host.facts.pid), "the host itself was not ended"
         late.kill()
         await heard.until(ModelEvicted)
+        stand_in.discard()
+        theirs.close()
         assert heard.alive[-1] <= before, "a process of the evicted model was there when its memory was called free"
         assert not [event for event in heard.events if isinstance(event, HostLost)]
     finally:

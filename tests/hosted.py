@@ -9,7 +9,8 @@ from typing import Any
 
 from edif_mesh.domain.job import Limits
 from edif_mesh.results import archive
-from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.lender import ModelHost
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from site_agent.runner.events import ResultChunk, ResultOpened, RunnerFailed, RunnerLog, RunnerSucceeded
 from site_agent.runner.supervisor import Runner, RunOptions

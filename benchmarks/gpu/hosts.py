@@ -16,7 +16,8 @@ from pathlib import Path
 from edif_mesh.domain.job import Limits
 from edif_mesh.models import hub_cache
 from site_agent import hardware
-from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.lender import ModelHost
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from site_agent.hosting.stores import CUDA_IPC, CUDA_VMM
 from tests import models, traces

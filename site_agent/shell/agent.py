@@ -29,7 +29,7 @@ from site_agent.core.effects import (
 )
 from site_agent.core.events import DrainRequested, Restarted, Ticked
 from site_agent.core.state import Model, Policy, State
-from site_agent.hosting.lender import HostSettings
+from site_agent.hosting.process import HostSettings
 from site_agent.journal import Journal
 from site_agent.runner.selftest import choose
 from site_agent.shell.attempts import Attempts, Equipment

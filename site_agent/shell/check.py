@@ -13,7 +13,7 @@ from edif_mesh.identity.trust import TrustStore
 from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire.messages import Role
 from site_agent import hardware
-from site_agent.hosting.lender import readable_folders
+from site_agent.hosting.process import readable_folders
 from site_agent.runner.selftest import choose
 from site_agent.shell.budget import Shares, offered
 from site_agent.shell.catalogue import Entry, hf_cache

@@ -12,7 +12,8 @@ from edif_mesh.domain.site import ModelOffer, ModelState
 from edif_mesh.errors import EdifError, RunnerError
 from site_agent.core.events import Event, HostLost, ModelEvicted, ModelFailed, ModelLoaded, ModelProgressed
 from site_agent.hosting.footprint import memory_bytes, resident_bytes
-from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.lender import ModelHost
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from site_agent.runner.supervisor import Runner
 

@@ -12,7 +12,8 @@ import pytest
 
 from edif_mesh.domain.job import Limits
 from site_agent import hardware
-from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.lender import ModelHost
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from tests import models
 

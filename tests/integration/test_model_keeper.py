@@ -14,7 +14,7 @@ from edif_mesh.domain.site import ModelOffer, ModelState
 from edif_mesh.models import resolve_model
 from site_agent.core.events import Event, HostLost, ModelEvicted, ModelFailed, ModelLoaded, ModelProgressed
 from site_agent.hosting.footprint import HOST_BYTES, estimate_weights_bytes
-from site_agent.hosting.lender import HostSettings
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from site_agent.runner.supervisor import Runner
 from site_agent.shell.models import ModelKeeper

@@ -15,7 +15,8 @@ import pytest
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.site import SandboxProfile
 from edif_mesh.errors import ModelLoadError
-from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.lender import ModelHost
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from tests import models, traces
 from tests.contract.nats_starter import NatsServer
@@ -80,7 +81,8 @@ async def test_a_strict_host_without_a_runtime_is_not_started() -> None:
 AS_NOBODY = """
 import asyncio, os, pathlib, sys
 from edif_mesh.domain.site import SandboxProfile
-from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.lender import ModelHost
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from tests import models, traces
 from tests.hosted import run

@@ -23,7 +23,8 @@ from edif_mesh.domain.site import ModelOffer, ModelState, SandboxProfile
 from edif_mesh.errors import ModelLoadError, RunnerError
 from site_agent.core.events import Event, HostLost, ModelLoaded
 from site_agent.core.state import Model, Now, Policy, State
-from site_agent.hosting.lender import HostSettings, ModelHost
+from site_agent.hosting.lender import ModelHost
+from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
 from site_agent.runner.device_usage import DeviceMeter
 from site_agent.runner.events import RunnerFailed

@@ -95,6 +95,7 @@ class Runner:
         self._buffer = bytearray(64 << 10)
         self._start = self._end = 0
         self._warming: asyncio.TimerHandle | None = None
+        self._wall: asyncio.TimerHandle | None = None
 
     @property
     def receipt(self) -> Receipt | None:
@@ -173,7 +174,7 @@ class Runner:
             self._device_meter.start()
         self._began = time.monotonic()
         limits = options.limits
-        wall = asyncio.get_running_loop().call_later(limits.wall_ms / 1000, self._too_long, limits.wall_ms)
+        self._call_when_too_long(limits.wall_ms)
         watch = asyncio.create_task(self._watch(limits.memory_bytes, cpu_limit_ms(options)))
         failure: tuple[str, str] | None = ("protocol", "The runner ended in the middle of a sentence.")
         terminal: RunnerSucceeded | RunnerFailed
@@ -200,7 +201,8 @@ class Runner:
             assert receipt is not None
             terminal = RunnerSucceeded(receipt) if failure is None else RunnerFailed(*failure, receipt)
         finally:
-            wall.cancel()
+            if self._wall is not None:
+                self._wall.cancel()
             watch.cancel()
             self.discard()
         yield await self._unless_weights_changed(terminal)
@@ -354,8 +356,16 @@ class Runner:
             left_s = (most_bytes - meter.memory_bytes) / _WRITES_PER_S
             wait_s = min(_WATCH_S, max(_LEAST_WATCH_S, left_s))
 
+    def _call_when_too_long(self, limit_ms: int) -> None:
+        assert self._began is not None
+        left_s = limit_ms / 1000 - (time.monotonic() - self._began)
+        self._wall = asyncio.get_running_loop().call_later(left_s, self._too_long, limit_ms)
+
     def _too_long(self, limit_ms: int) -> None:
         assert self._began is not None
+        if (time.monotonic() - self._began) * 1000 < limit_ms:  # the event loop's own clock runs behind
+            self._call_when_too_long(limit_ms)
+            return
         text = (
             f"The job ran for {time.monotonic() - self._began:,.1f} s; its limit is {limit_ms / 1000:,.1f} s, so it was stopped. "
             "Do less in one block, or order a higher wall_ms."

@@ -37,7 +37,7 @@ def versions(model: Any, remote: Any) -> Values:
 
 @construct(
     "who you are to the mesh",
-    "docstring of nnsight.whoami",
+    "remote/api-key-and-config",
     "nnsight.whoami()",
     note="the gateway signs with your key; an API key is not needed",
 )

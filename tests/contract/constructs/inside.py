@@ -75,7 +75,7 @@ def list_of_operations(model: Any, remote: Any) -> Values:
     return {"text": text}
 
 
-@construct("an operation skipped", "docstring of nnsight.intervention.source", "operation.skip(operation.input * 2)")
+@construct("an operation skipped", "usage/skip", "operation.skip(operation.input * 2)")
 def operation_skipped(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         operation = model.transformer.h[0].mlp.source.self_act_0
@@ -125,7 +125,7 @@ def renamed(model: Any, remote: Any) -> Values:
 
 @construct(
     "views of your own on a module",
-    "usage/extending",
+    "patterns/per-head-attention",
     "parts = fresh.transformer.h[0].attn.heads.save()",
     refused="cannot pickle 'eproperty' object",
     note="nnsight cannot send a class that has an eproperty; use a function of the value",
@@ -152,7 +152,7 @@ def ad_hoc_call(model: Any, remote: Any) -> Values:
 
 @construct(
     "a module called so that the trace sees it",
-    "docstring of Envoy.__call__",
+    "usage/access-and-modify",
     "model.transformer.h[0].mlp(hidden, hook=True)",
 )
 def hooked_call(model: Any, remote: Any) -> Values:

@@ -51,7 +51,7 @@ def edit_with_value(model: Any, remote: Any) -> Values:
 
 @construct(
     "an edit at every step of a generation",
-    "docstring of Envoy.__call__",
+    "usage/access-and-modify",
     "for _step in tracer.iter[:]:\n    edited.transformer.h[0].output[:, -1] *= 0.5",
     refused="'NoneType' object has no attribute 'f_code'",
     note="nnsight cannot send an edit that names its own tracer; write `edited.iter[:]`, as in the next row",
@@ -67,7 +67,7 @@ def edit_in_generation(model: Any, remote: Any) -> Values:
 
 @construct(
     "an edit at every step of a generation, without its tracer",
-    "docstring of Envoy.iter",
+    "reference/api-quick-reference",
     "for _step in edited.iter[:]:\n    edited.transformer.h[0].output[:, -1] *= 0.5",
 )
 def edit_in_generation_by_model(model: Any, remote: Any) -> Values:

@@ -61,7 +61,7 @@ def diffusion(model: Any, remote: Any) -> Values:
 
 @construct(
     "models that bring code of their own",
-    "models/language-model",
+    "models/transformers-model",
     "trust_remote_code=True",
     refused="Failed to send request: Sites of this mesh load no code from model repositories, so MODEL cannot be asked for with "
     "trust_remote_code.",
@@ -132,7 +132,7 @@ def missing_module(model: Any, remote: Any) -> Values:
 
 @construct(
     "a lock, a socket, an open file used in the block",
-    "gotchas/remote",
+    "remote/ndif-overview",
     "with lock:",
     refused="cannot pickle '_thread.lock' object",
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnsight import NNsight
+from nnsight import NNsight, TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
 
 from tests.contract.constructs.construct import PROMPT, Values, construct, loaded_again
@@ -68,6 +68,35 @@ def diffusion(model: Any, remote: Any) -> Values:
 )
 def remote_code(model: Any, remote: Any) -> Values:
     fresh = loaded_again(model, dispatch=True, trust_remote_code=True)
+    with fresh.trace(PROMPT, remote=remote):
+        logits = fresh.lm_head.output.save()
+    return {"logits": logits}
+
+
+@construct(
+    "another task of the same model",
+    "models/transformers-model",
+    'fresh = TransformersModel(folder, task="feature-extraction", dispatch=not remote)',
+    refused="No site can run this job as it is ordered. ansbach offers MODEL only as revision ID, float32, text-generation.",
+)
+def other_task(model: Any, remote: Any) -> Values:
+    folder = model._module.config._name_or_path
+    fresh = TransformersModel(folder, task="feature-extraction", dispatch=not remote)
+    fresh.repo_id = model.repo_id
+    with fresh.trace(PROMPT, remote=remote):
+        hidden = fresh.h[0].output.save()
+    return {"hidden": hidden}
+
+
+@construct(
+    "another revision of the model",
+    "models/transformers-model",
+    'fresh.revision = "my-branch"',
+    refused="No site can run this job as it is ordered. ansbach offers MODEL only as revision ID, float32, text-generation.",
+)
+def other_revision(model: Any, remote: Any) -> Values:
+    fresh = loaded_again(model, dispatch=not remote)
+    fresh.revision = "my-branch"
     with fresh.trace(PROMPT, remote=remote):
         logits = fresh.lm_head.output.save()
     return {"logits": logits}

@@ -159,7 +159,7 @@ def own_backend(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("what a job cost", "remote/ndif-overview", 'tracer.backend.meta["runtime_s"]')
+@construct("what a job cost, in the mesh's words", "remote/ndif-overview", 'tracer.backend.meta["runtime_s"]')
 def cost(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote) as tracer:
         logits = model.lm_head.output.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import nnsight
@@ -227,6 +228,21 @@ def seed_before(model: Any, remote: Any) -> Values:
 )
 def other_dtype(model: Any, remote: Any) -> Values:
     fresh = loaded_again(model, dispatch=not remote, dtype="bfloat16")
+    with fresh.trace(PROMPT, remote=remote):
+        logits = fresh.lm_head.output.save()
+    return {"logits": logits}
+
+
+@construct(
+    "a configuration of your own",
+    "models/transformers-model",
+    "config=config",
+    differs="The site builds the model from its checkpoint alone: `config=` shapes only your own copy.",
+)
+def own_config(model: Any, remote: Any) -> Values:
+    config = copy.deepcopy(model.config)
+    config.activation_function = "relu"
+    fresh = loaded_again(model, dispatch=not remote, config=config)
     with fresh.trace(PROMPT, remote=remote):
         logits = fresh.lm_head.output.save()
     return {"logits": logits}

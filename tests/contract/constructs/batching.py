@@ -263,3 +263,36 @@ def labels_and_positions(model: Any, remote: Any) -> Values:
     with model.trace([5, 6, 7], labels=[5, 6, 7], position_ids=[3, 4, 5], remote=remote):
         loss = model.output.loss.save()
     return {"loss": loss}
+
+
+@construct(
+    "embeddings in place of tokens, for a generation",
+    "models/transformers-model",
+    "with model.generate(inputs_embeds=embeddings, max_new_tokens=3, remote=True) as tracer:",
+)
+def generated_from_embeddings(model: Any, remote: Any) -> Values:
+    torch.manual_seed(0)
+    embeddings = torch.randn(1, 4, model.config.n_embd)
+    with model.generate(inputs_embeds=embeddings, max_new_tokens=3, remote=remote) as tracer:
+        ids = tracer.result.save()
+    return {"ids": ids}
+
+
+@construct(
+    "chat messages through the pipeline",
+    "usage/pipe",
+    "with model.pipe(messages, max_new_tokens=2, do_sample=False) as tracer:",
+    note="where the site's tokenizer has a template; here one is set in the session",
+)
+def piped_chat(model: Any, remote: Any) -> Values:
+    messages = [{"role": "user", "content": "hello"}]
+    before = model.tokenizer.chat_template
+    try:
+        with model.session(remote=remote):
+            model.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+            with model.pipe(messages, max_new_tokens=2, do_sample=False) as tracer:
+                records = tracer.result
+            kept = nnsight.save(records)
+    finally:
+        model.tokenizer.chat_template = before
+    return {"kept": kept}

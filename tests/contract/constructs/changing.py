@@ -136,7 +136,9 @@ def new_embeddings(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("other logits out of the model", "walkthrough, modification", "model.lm_head.output[..., 7] = 100.0")
+@construct(
+    "other logits out of the model", "walkthrough, modifying vs. replacing", "model.lm_head.output[..., 7] = 100.0"
+)
 def new_logits(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         model.lm_head.output[..., 7] = 100.0

@@ -251,7 +251,7 @@ def generator_output(model: Any, remote: Any) -> Values:
     return {"ids": ids}
 
 
-@construct("the older form of the loop", "walkthrough, iterating over generation steps", "with tracer.iter[:3]:")
+@construct("the older form of the loop", "reference/migrating-to-0.8", "with tracer.iter[:3]:")
 def iteration_block(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=3, min_new_tokens=3, remote=remote) as tracer:
         tokens = list().save()

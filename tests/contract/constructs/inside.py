@@ -64,9 +64,7 @@ def nested_operations(model: Any, remote: Any) -> Values:
     return {"weights": weights}
 
 
-@construct(
-    "the list of a module's operations", "walkthrough, source tracing", "print(model.transformer.h[0].attn.source)"
-)
+@construct("the list of a module's operations", "usage/source", "print(model.transformer.h[0].attn.source)")
 def list_of_operations(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         text = str(model.transformer.h[0].mlp.source).save()
@@ -139,7 +137,7 @@ def own_envoy(model: Any, remote: Any) -> Values:
 
 @construct(
     "a module called out of its order",
-    "README, apply modules out of order",
+    "usage/access-and-modify",
     "model.lm_head(model.transformer.ln_f(hidden))",
 )
 def ad_hoc_call(model: Any, remote: Any) -> Values:
@@ -178,6 +176,25 @@ def attached_module(model: Any, remote: Any) -> Values:
     with fresh.trace(PROMPT, remote=remote):
         hidden = fresh.transformer.h[0].output
         fresh.transformer.h[0].output = fresh.transformer.h[0].sae(hidden, hook=True)
+        logits = fresh.lm_head.output.save()
+    return {"shape": logits.shape}
+
+
+@construct(
+    "a module attached to the model, called by an edit",
+    "usage/edit",
+    "with fresh.edit(inplace=True):\n    acts = fresh.transformer.h[0].output",
+    refused="Your code uses the module 'model.transformer.h.0.sae', which the model at this site does not have: a module that you attach to a model "
+    "does not travel. Keep the torch module in a variable of its own and call that in the block; it is sent along with its weights.",
+)
+def attached_by_edit(model: Any, remote: Any) -> Values:
+    fresh = loaded_again(model, dispatch=True)
+    width = fresh.config.n_embd
+    fresh.transformer.h[0].sae = torch.nn.Linear(width, width)
+    with fresh.edit(inplace=True):
+        acts = fresh.transformer.h[0].output
+        fresh.transformer.h[0].output = fresh.transformer.h[0].sae(acts, hook=True)
+    with fresh.trace(PROMPT, remote=remote):
         logits = fresh.lm_head.output.save()
     return {"shape": logits.shape}
 

@@ -45,7 +45,7 @@ def failed_assertion(model: Any, remote: Any) -> Values:
 
 @construct(
     "an index out of range",
-    "walkthrough, error handling",
+    "errors/index",
     "model.transformer.h[0].output[:, 10_000] = 0",
     says="IndexError: index 10000 is out of bounds for dimension 1 with size 8",
 )

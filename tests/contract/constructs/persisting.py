@@ -39,7 +39,7 @@ def edits_add_up(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "an edit with a captured value", "walkthrough, model editing", "edited.transformer.h[-1].output[:, -1] = hidden"
+    "an edit with a captured value", "walkthrough, persistent edits", "edited.transformer.h[-1].output[:, -1] = hidden"
 )
 def edit_with_value(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT):
@@ -53,7 +53,7 @@ def edit_with_value(model: Any, remote: Any) -> Values:
 
 @construct(
     "an edit at every step of a generation",
-    "usage/access-and-modify",
+    "usage/edit",
     "for _step in tracer.iter[:]:\n    edited.transformer.h[0].output[:, -1] *= 0.5",
     refused="'NoneType' object has no attribute 'f_code'",
     note="nnsight cannot send an edit that names its own tracer; write `edited.iter[:]`, as in the next row",

@@ -196,9 +196,7 @@ def imports_inside(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "numpy, math and the standard library",
-    "usage/conditionals-and-loops",
-    "rounded = np.round(hidden.detach().numpy(), 2)",
+    "numpy and the standard library", "usage/conditionals-and-loops", "rounded = np.round(hidden.detach().numpy(), 2)"
 )
 def other_libraries(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
@@ -254,7 +252,7 @@ def torch_contexts(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "random numbers with a seed", "walkthrough, replacement", "torch.manual_seed(3)\nnoise = torch.randn_like(hidden)"
+    "random numbers with a seed", "usage/access-and-modify", "torch.manual_seed(3)\nnoise = torch.randn_like(hidden)"
 )
 def random_numbers(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):

@@ -192,7 +192,7 @@ def plain_numbers(model: Any, remote: Any) -> Values:
 
 @construct(
     "torch operations on values",
-    "walkthrough, operations",
+    "walkthrough, operations on values",
     "torch.topk(torch.softmax(logits, dim=-1), 5)",
 )
 def torch_operations(model: Any, remote: Any) -> Values:

@@ -7,7 +7,7 @@ from typing import Any
 import nnsight
 import torch
 
-from tests.contract.constructs.construct import PROMPT, Values, caught, construct
+from tests.contract.constructs.construct import OTHER, PROMPT, Values, caught, construct
 
 
 @construct(
@@ -141,3 +141,43 @@ def late_change(model: Any, remote: Any) -> Values:
     except Exception as error:
         said = caught(error).partition(": [")[0]
     return {"said": said}
+
+
+@construct(
+    "activations for a probe, without gradients",
+    "patterns/probing",
+    "with torch.no_grad():\n    with model.trace([PROMPT, OTHER], remote=True):",
+)
+def activations_for_a_probe(model: Any, remote: Any) -> Values:
+    with torch.no_grad():  # noqa: SIM117 (as the page writes it)
+        with model.trace([PROMPT, OTHER], remote=remote):
+            activations = nnsight.save([block.output[:, -1, :].detach().cpu().float() for block in model.transformer.h])
+    return {"activations": activations}
+
+
+@construct(
+    "no_grad around the block, as the block sees it",
+    "patterns/probing",
+    "tracked = nnsight.save(model.transformer.h[0].output.requires_grad)",
+    differs="`torch.no_grad()` around a trace stays on your machine. In a session, write it around the traces.",
+)
+def no_grad_outside(model: Any, remote: Any) -> Values:
+    with torch.no_grad():  # noqa: SIM117 (as the page writes it)
+        with model.trace(PROMPT, remote=remote):
+            tracked = nnsight.save(model.transformer.h[0].output.requires_grad)
+    return {"tracked": tracked}
+
+
+@construct(
+    "no_grad around a trace of a session",
+    "patterns/probing",
+    "with torch.no_grad():\n    with model.trace(PROMPT):",
+)
+def no_grad_in_session(model: Any, remote: Any) -> Values:
+    with model.session(remote=remote):
+        before = torch.is_grad_enabled()
+        with torch.no_grad():  # noqa: SIM117 (as a session is written)
+            with model.trace(PROMPT):
+                tracked = nnsight.save(model.transformer.h[0].output.requires_grad)
+        kept = nnsight.save(before)
+    return {"tracked": tracked, "kept": kept}

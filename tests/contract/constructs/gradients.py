@@ -172,7 +172,7 @@ def attribution_patching(model: Any, remote: Any) -> Values:
 
 @construct(
     "a probe trained in a session",
-    "patterns/remote-training",
+    "patterns/probing",
     "optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)",
 )
 def probe_training(model: Any, remote: Any) -> Values:

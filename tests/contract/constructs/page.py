@@ -50,7 +50,8 @@ OUTSIDE = """## What is not in the table
   both before anything is sent), `is_model_running`, which asks the model hub (it has a test of its own).
 - **An open loop that reads no module** (`usage/iteration.md`) ends with the time limit of its job. The other ways in which a body
   out of order shifts by a step, nested loops and gradient checkpointing are nnsight's and torch's own, and have no row.
-- **Custom backends, batchers and runtimes** (the pages under `developing`, `concepts`) change or explain nnsight itself, where it runs.
+- **Custom backends, batchers and runtimes** (the pages under `developing` and `concepts`, `errors/batching-not-implemented.md`) change
+  or explain nnsight itself, where it runs.
 - **`callback=` of a remote backend, `export_edits`, `tracer.next()`, `tracer.local()`** stand in older pages and are not in
   nnsight {nnsight}.
 - **Reading and writing files, and the network** from a block are the sandbox's matter: [security](security.md).

@@ -42,7 +42,7 @@ def without_weights(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "the older class LanguageModel", "models/transformers-model", "fresh = LanguageModel(folder, dispatch=not remote)"
+    "the older class LanguageModel", "models/language-model", "fresh = LanguageModel(folder, dispatch=not remote)"
 )
 def language_model(model: Any, remote: Any) -> Values:
     folder = model._module.config._name_or_path
@@ -167,7 +167,7 @@ def cost(model: Any, remote: Any) -> Values:
     return {"logits": logits, "known": known}
 
 
-@construct("an uncompressed exchange", "remote/api-key-and-config", "CONFIG.API.COMPRESS = False")
+@construct("an uncompressed exchange", "reference/config", "CONFIG.API.COMPRESS = False")
 def uncompressed(model: Any, remote: Any) -> Values:
     before = CONFIG.API.COMPRESS
     CONFIG.API.COMPRESS = False

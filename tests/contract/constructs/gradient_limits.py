@@ -158,7 +158,7 @@ def activations_for_a_probe(model: Any, remote: Any) -> Values:
 @construct(
     "no_grad around the block, as the block sees it",
     "patterns/probing",
-    "tracked = nnsight.save(model.transformer.h[0].output.requires_grad)",
+    "with torch.no_grad():\n    with model.trace(PROMPT, remote=True):",
     differs="`torch.no_grad()` around a trace stays on your machine. In a session, write it around the traces.",
 )
 def no_grad_outside(model: Any, remote: Any) -> Values:

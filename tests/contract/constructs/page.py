@@ -29,7 +29,7 @@ run on a small GPT-2, the essentials also on GPT-2's 124M shape and on SmolLM2-1
 `.venv/bin/python -m pytest tests/contract/test_nnsight_constructs.py`.
 
 "Documented" names the page: `usage/...`, `patterns/...`, `remote/...` and the like in the `docs` folder of nnsight {nnsight}, as its
-source distribution on PyPI carries it, its README or its walkthrough notebook; or a tutorial or a post of nnsight.net, which are
+source distribution carries it, its README or its walkthrough notebook; or a tutorial or a post of nnsight.net, which are
 older. Experiments of the field are written with the same constructs. The code names GPT-2's modules, as those pages do.
 MODEL stands for the name of a model, ID for a number that changes.
 """
@@ -43,7 +43,7 @@ OUTSIDE = """## What is not in the table
   encoders and their `E_output`, sequence to sequence; `models/vision-language-model.md`) have the same kind of name, and a site
   may offer one; none was tried here.
 - **Models over several GPUs, tensor parallelism and CUDA** (`models/tensor-parallel.md`, `device_map=`, costs by GPU) have no
-  row: these tests run on CPUs. So has **quantization**, which `models/quantization.md` leaves to the server: the row on another
+  row: these tests run on CPUs. Nor has **quantization**, which `models/quantization.md` leaves to the server: the row on another
   number type shows that a client cannot ask for it.
 - **What happens on your own machine only**: the limits of `scan`, `login`, `CONFIG.save()` and keys in files
   (`remote/api-key-and-config.md`), reprs and printed tables, `return` in a block or a body on the `with` line (nnsight refuses

@@ -41,7 +41,7 @@ def snapshot_frame(snapshot: JobSnapshot) -> dict[str, Any]:
 
 
 def meta_of(snapshot: JobSnapshot) -> dict[str, Any]:
-    """Return what the run cost, for `tracer.backend.meta`: seconds, bytes, site, attempt."""
+    """Return what the run cost, for `tracer.backend.meta`: seconds, bytes, site, attempt, and `runtime` as nnsight names it."""
     last = snapshot.attempts[-1] if snapshot.attempts else None
     receipt = last.receipt if last is not None else None
     meta: dict[str, Any] = {
@@ -54,6 +54,7 @@ def meta_of(snapshot: JobSnapshot) -> dict[str, Any]:
     }
     if receipt is not None:
         meta |= {
+            "runtime": receipt.wall_ms / 1000,
             "runtime_s": receipt.wall_ms / 1000,
             "cpu_s": receipt.cpu_ms / 1000,
             "memory_bytes": receipt.peak_memory_bytes,

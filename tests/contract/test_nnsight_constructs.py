@@ -276,6 +276,8 @@ def test_the_small_questions_are_answered(
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert nnsight.is_model_running(ids["gpt2"])
+    assert nnsight.is_model_running(ids["gpt2"], task="text-generation")
+    assert not nnsight.is_model_running(ids["gpt2"], task="fill-mask")
     assert not nnsight.is_model_running("nobody/nothing")
     with httpx.Client(base_url=mesh.gateway_url) as http:
         assert http.get("/ping").json() == "pong"

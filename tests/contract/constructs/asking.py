@@ -13,13 +13,52 @@ from tests.contract.constructs.construct import PROMPT, Values, construct
 @construct(
     "which models there are, and whether one runs",
     "remote/status-and-availability",
-    'state = nnsight.ndif_status()[model.repo_id]["state"]',
+    'state = nnsight.status()[model.repo_id]["state"]',
 )
 def status(model: Any, remote: Any) -> Values:
     if not remote:
         return {"state": "RUNNING"}
-    state = nnsight.ndif_status()[model.repo_id]["state"]
+    state = nnsight.status()[model.repo_id]["state"]
     return {"state": str(getattr(state, "value", state))}
+
+
+@construct(
+    "the service as a whole, and each model's entry",
+    "remote/status-and-availability",
+    's = nnsight.status()\nnnsight.status(raw=True)["deployments"]',
+)
+def status_entries(model: Any, remote: Any) -> Values:
+    if not remote:
+        return {"up": "UP", "entry": ("text-generation", "main", "HOT", 1), "listed": True}
+    s = nnsight.status()
+    info = s[model.repo_id]
+    listed = [one["repo_id"] for one in nnsight.status(raw=True)["deployments"].values()]
+    return {
+        "up": s.status.value,
+        "entry": (info["task"], info["revision"], info["level"], info["hot_replicas"]),
+        "listed": sorted(listed) == sorted(s.keys()) and "RUNNING" in str(s),
+    }
+
+
+@construct("status under its older name", "reference/migrating-to-0.8", "nnsight.ndif_status()[model.repo_id]")
+def older_status(model: Any, remote: Any) -> Values:
+    return {"task": nnsight.ndif_status()[model.repo_id]["task"] if remote else "text-generation"}
+
+
+@construct(
+    "where your versions and the site's differ",
+    "remote/env-comparison",
+    "compared = nnsight.compare()\ncompared.critical_mismatches",
+)
+def compared_fields(model: Any, remote: Any) -> Values:
+    if not remote:
+        return {"python": True, "critical": {}, "torch": True}
+    compared = nnsight.compare()
+    return {
+        "python": compared.python_matches,
+        "critical": compared.critical_mismatches,
+        "torch": compared.packages["torch"]["match"],
+    }
 
 
 @construct(
@@ -37,7 +76,7 @@ def versions(model: Any, remote: Any) -> Values:
 
 @construct(
     "who you are to the mesh",
-    "docstring of nnsight.whoami",
+    "remote/api-key-and-config",
     "nnsight.whoami()",
     note="the gateway signs with your key; an API key is not needed",
 )

@@ -40,7 +40,9 @@ def new_tuple(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "in place, in an element of a tuple", "docstring of Envoy.trace", "model.transformer.h[0].attn.output[0][:] = 0"
+    "in place, in an element of a tuple",
+    "reference/api-quick-reference",
+    "model.transformer.h[0].attn.output[0][:] = 0",
 )
 def inside_tuple(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
@@ -125,7 +127,7 @@ def mean_ablation(model: Any, remote: Any) -> Values:
     return {"mean": mean, "logits": logits}
 
 
-@construct("new embeddings", "docstring of tracer.barrier", "model.transformer.wte.output = embeddings.flip(1)")
+@construct("new embeddings", "usage/barrier", "model.transformer.wte.output = embeddings.flip(1)")
 def new_embeddings(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         embeddings = model.transformer.wte.output
@@ -134,7 +136,9 @@ def new_embeddings(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("other logits out of the model", "walkthrough, modification", "model.lm_head.output[..., 7] = 100.0")
+@construct(
+    "other logits out of the model", "walkthrough, modifying vs. replacing", "model.lm_head.output[..., 7] = 100.0"
+)
 def new_logits(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         model.lm_head.output[..., 7] = 100.0
@@ -159,7 +163,7 @@ def masks(model: Any, remote: Any) -> Values:
 
 @construct(
     "skip a module with its input",
-    "docstring of Envoy.skip",
+    "usage/skip",
     "model.transformer.h[0].skip(model.transformer.h[0].input)",
 )
 def skip_layer(model: Any, remote: Any) -> Values:
@@ -207,7 +211,7 @@ def skip_in_batch(model: Any, remote: Any) -> Values:
 
 @construct(
     "weights changed for one trace only",
-    "docstring of Envoy",
+    "usage/access-and-modify",
     "model.lm_head.weight.data[:, 0] = 0",
     note="a runner's weights are its own: the next job sees the site's",
 )

@@ -82,7 +82,7 @@ def told(error: BaseException, model: Any) -> str:
     """What a refusal says, without what differs from one run to the next: ids of tensors, names of models, the line of a save."""
     text = str(error).partition("\nRefused at once, where it is saved")[0].replace(model.repo_id, "MODEL")
     text = re.sub(r"Offered are: .*", "Offered are: MODEL.", text)
-    return re.sub(r"\d{9,}", "ID", text)
+    return re.sub(r"\d{9,}|(?<=revision )[0-9a-f]{12}", "ID", text)
 
 
 def caught(error: BaseException) -> str:
@@ -90,6 +90,7 @@ def caught(error: BaseException) -> str:
     assert "site_agent" not in str(error), "a line of the mesh stands in a researcher's traceback"
     last = str(error).strip().splitlines()[-1]
     if "Traceback (most recent call last)" not in str(error):
-        return f"{type(error).__name__}: {last}"
+        # A remote error without a line of the researcher's own names its kind in its text.
+        return last if type(error).__name__ == "RemoteError" else f"{type(error).__name__}: {last}"
     name, _, text = last.partition(": ")
     return f"{name.rpartition('.')[2]}: {text}" if text else last

@@ -30,7 +30,7 @@ def first_step(model: Any, remote: Any) -> Values:
 
 @construct(
     "every step, with its number",
-    "usage/iter-all-next",
+    "usage/iteration",
     "for step in tracer.iter[:]:\n    steps.append((step, model.lm_head.output[0, -1].argmax()))",
 )
 def every_step(model: Any, remote: Any) -> Values:
@@ -41,9 +41,7 @@ def every_step(model: Any, remote: Any) -> Values:
     return {"steps": steps}
 
 
-@construct(
-    "tracer.all()", "usage/iter-all-next", "for _step in tracer.all():\n    model.transformer.h[0].output[:] = 0"
-)
+@construct("tracer.all()", "usage/iteration", "for _step in tracer.all():\n    model.transformer.h[0].output[:] = 0")
 def all_steps(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=4, min_new_tokens=4, remote=remote) as tracer:
         states = list().save()
@@ -53,7 +51,7 @@ def all_steps(model: Any, remote: Any) -> Values:
     return {"states": states}
 
 
-@construct("a slice of the steps", "usage/iter-all-next", "for _step in tracer.iter[1:3]:")
+@construct("a slice of the steps", "usage/iteration", "for _step in tracer.iter[1:3]:")
 def slice_of_steps(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=5, min_new_tokens=5, remote=remote) as tracer:
         found = list().save()
@@ -62,7 +60,7 @@ def slice_of_steps(model: Any, remote: Any) -> Values:
     return {"found": found}
 
 
-@construct("one step", "usage/iter-all-next", "for _step in tracer.iter[2]:\n    third = model.lm_head.output.save()")
+@construct("one step", "usage/iteration", "for _step in tracer.iter[2]:\n    third = model.lm_head.output.save()")
 def one_step(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=4, min_new_tokens=4, remote=remote) as tracer:
         for _step in tracer.iter[2]:
@@ -70,7 +68,7 @@ def one_step(model: Any, remote: Any) -> Values:
     return {"third": third}
 
 
-@construct("chosen steps", "usage/iter-all-next", "for _step in tracer.iter[[0, 2, 3]]:")
+@construct("chosen steps", "usage/iteration", "for _step in tracer.iter[[0, 2, 3]]:")
 def chosen_steps(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=5, min_new_tokens=5, remote=remote) as tracer:
         found = list().save()
@@ -79,9 +77,7 @@ def chosen_steps(model: Any, remote: Any) -> Values:
     return {"found": found}
 
 
-@construct(
-    "a change at one step only", "usage/iter-all-next", "if step == 2:\n    model.transformer.h[0].output[:] = 0"
-)
+@construct("a change at one step only", "usage/iteration", "if step == 2:\n    model.transformer.h[0].output[:] = 0")
 def change_at_a_step(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=5, remote=remote) as tracer:
         tokens = nnsight.save([])
@@ -102,7 +98,7 @@ def steer_every_step(model: Any, remote: Any) -> Values:
     return {"ids": ids}
 
 
-@construct("more steps asked for than there are", "docstring of Iterations", "for _step in tracer.iter[:9]:")
+@construct("more steps asked for than there are", "usage/iteration", "for _step in tracer.iter[:9]:")
 def too_many_steps(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=3, remote=remote) as tracer:
         tokens = list().save()
@@ -113,7 +109,7 @@ def too_many_steps(model: Any, remote: Any) -> Values:
 
 @construct(
     "values after a loop, in a block without a prompt",
-    "gotchas/iteration",
+    "usage/iteration",
     "with tracer.invoke():\n    ids = tracer.result.save()",
 )
 def after_the_loop(model: Any, remote: Any) -> Values:
@@ -145,7 +141,7 @@ def generate_in_batch(model: Any, remote: Any) -> Values:
 
 @construct(
     "sampling with a seed set in the block",
-    "docstring of TransformersModel.generate",
+    "usage/generate",
     "torch.manual_seed(7)\nmodel.generate(PROMPT, max_new_tokens=6, do_sample=True, temperature=0.9, top_k=20, remote=True)",
 )
 def sampling(model: Any, remote: Any) -> Values:
@@ -157,7 +153,7 @@ def sampling(model: Any, remote: Any) -> Values:
 
 @construct(
     "beam search",
-    "docstring of TransformersModel.generate",
+    "usage/generate",
     "model.generate(PROMPT, max_new_tokens=4, num_beams=3, remote=True)",
 )
 def beams(model: Any, remote: Any) -> Values:
@@ -166,7 +162,7 @@ def beams(model: Any, remote: Any) -> Values:
     return {"ids": ids}
 
 
-@construct("several sequences for one prompt", "docstring of TransformersModel.generate", "num_return_sequences=2")
+@construct("several sequences for one prompt", "usage/generate", "num_return_sequences=2")
 def several_sequences(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=4, num_beams=2, num_return_sequences=2, remote=remote) as tracer:
         ids = tracer.result.save()
@@ -175,7 +171,7 @@ def several_sequences(model: Any, remote: Any) -> Values:
 
 @construct(
     "a generation config",
-    "docstring of TransformersModel.generate",
+    "usage/generate",
     "model.generate(PROMPT, generation_config=config, remote=True)",
 )
 def generation_config(model: Any, remote: Any) -> Values:
@@ -187,7 +183,7 @@ def generation_config(model: Any, remote: Any) -> Values:
 
 @construct(
     "scores and hidden states of the generation",
-    "docstring of TransformersModel.generate",
+    "usage/generate",
     "return_dict_in_generate=True, output_scores=True",
 )
 def generation_details(model: Any, remote: Any) -> Values:
@@ -201,7 +197,7 @@ def generation_details(model: Any, remote: Any) -> Values:
 
 @construct(
     "stopping words and least lengths",
-    "docstring of TransformersModel.generate",
+    "usage/generate",
     "model.generate(PROMPT, max_new_tokens=6, min_new_tokens=2, eos_token_id=list(range(1, 400)), remote=True)",
 )
 def stop_tokens(model: Any, remote: Any) -> Values:
@@ -237,7 +233,7 @@ def stop_early(model: Any, remote: Any) -> Values:
 
 @construct(
     "each token as it is made",
-    "docstring of TransformersModel.generate",
+    "usage/generate",
     "tokens.append(model.generator.streamer.output)",
 )
 def streamer(model: Any, remote: Any) -> Values:
@@ -255,7 +251,7 @@ def generator_output(model: Any, remote: Any) -> Values:
     return {"ids": ids}
 
 
-@construct("the older form of the loop", "walkthrough, iterating over generation steps", "with tracer.iter[:3]:")
+@construct("the older form of the loop", "reference/migrating-to-0.8", "with tracer.iter[:3]:")
 def iteration_block(model: Any, remote: Any) -> Values:
     with model.generate(PROMPT, max_new_tokens=3, min_new_tokens=3, remote=remote) as tracer:
         tokens = list().save()
@@ -264,7 +260,7 @@ def iteration_block(model: Any, remote: Any) -> Values:
     return {"tokens": tokens}
 
 
-@construct("the whole pipeline of the task", "docstring of TransformersModel.pipe", "out = tracer.result.save()")
+@construct("the whole pipeline of the task", "usage/pipe", "out = tracer.result.save()")
 def pipe(model: Any, remote: Any) -> Values:
     with model.pipe(PROMPT, max_new_tokens=3, do_sample=False, remote=remote) as tracer:
         hidden = model.transformer.h[0].output.save()

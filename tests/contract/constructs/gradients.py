@@ -51,9 +51,7 @@ def changed_gradient(model: Any, remote: Any) -> Values:
     return {"before": before, "after": after}
 
 
-@construct(
-    "a gradient put in another's place", "docstring of nnsight.intervention.backward", "hidden.grad = hidden.grad * 2"
-)
+@construct("a gradient put in another's place", "usage/backward-and-grad", "hidden.grad = hidden.grad * 2")
 def replaced_gradient(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         embedded = model.transformer.wte.output
@@ -79,7 +77,7 @@ def two_passes(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "gradients in one block of a batch", "gotchas/backward", "with model.lm_head.output[:, -1].sum().backward():"
+    "gradients in one block of a batch", "usage/backward-and-grad", "with model.lm_head.output[:, -1].sum().backward():"
 )
 def gradient_in_batch(model: Any, remote: Any) -> Values:
     with model.trace(remote=remote) as tracer:
@@ -174,7 +172,7 @@ def attribution_patching(model: Any, remote: Any) -> Values:
 
 @construct(
     "a probe trained in a session",
-    "(an experiment of the field)",
+    "patterns/probing",
     "optimizer = torch.optim.Adam(probe.parameters(), lr=0.01)",
 )
 def probe_training(model: Any, remote: Any) -> Values:
@@ -197,7 +195,7 @@ def probe_training(model: Any, remote: Any) -> Values:
 
 @construct(
     "a low-rank adapter trained through the model",
-    "(an experiment of the field)",
+    "patterns/remote-training",
     "model.transformer.h[0].mlp.output = out + given @ down @ up",
 )
 def adapter_training(model: Any, remote: Any) -> Values:
@@ -225,7 +223,7 @@ def adapter_training(model: Any, remote: Any) -> Values:
 
 @construct(
     "gradients while generating",
-    "docstring of nnsight.intervention.backward",
+    "usage/backward-and-grad",
     "with model.lm_head.output.sum().backward():",
     note="transformers generates without gradients",
     says="NotImplementedError: This tensor does not require grad, so a backward session cannot produce gradients: nothing the block reads can ever receive one. The forward ran without gradient tracking (e.g. under torch.no_grad()), or the tensor was created without requires_grad=True.",

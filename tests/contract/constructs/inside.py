@@ -64,9 +64,7 @@ def nested_operations(model: Any, remote: Any) -> Values:
     return {"weights": weights}
 
 
-@construct(
-    "the list of a module's operations", "walkthrough, source tracing", "print(model.transformer.h[0].attn.source)"
-)
+@construct("the list of a module's operations", "usage/source", "print(model.transformer.h[0].attn.source)")
 def list_of_operations(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         text = str(model.transformer.h[0].mlp.source).save()
@@ -75,7 +73,7 @@ def list_of_operations(model: Any, remote: Any) -> Values:
     return {"text": text}
 
 
-@construct("an operation skipped", "docstring of nnsight.intervention.source", "operation.skip(operation.input * 2)")
+@construct("an operation skipped", "usage/skip", "operation.skip(operation.input * 2)")
 def operation_skipped(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         operation = model.transformer.h[0].mlp.source.self_act_0
@@ -125,7 +123,7 @@ def renamed(model: Any, remote: Any) -> Values:
 
 @construct(
     "views of your own on a module",
-    "usage/extending",
+    "patterns/per-head-attention",
     "parts = fresh.transformer.h[0].attn.heads.save()",
     refused="cannot pickle 'eproperty' object",
     note="nnsight cannot send a class that has an eproperty; use a function of the value",
@@ -139,7 +137,7 @@ def own_envoy(model: Any, remote: Any) -> Values:
 
 @construct(
     "a module called out of its order",
-    "README, apply modules out of order",
+    "usage/access-and-modify",
     "model.lm_head(model.transformer.ln_f(hidden))",
 )
 def ad_hoc_call(model: Any, remote: Any) -> Values:
@@ -152,7 +150,7 @@ def ad_hoc_call(model: Any, remote: Any) -> Values:
 
 @construct(
     "a module called so that the trace sees it",
-    "docstring of Envoy.__call__",
+    "usage/access-and-modify",
     "model.transformer.h[0].mlp(hidden, hook=True)",
 )
 def hooked_call(model: Any, remote: Any) -> Values:
@@ -178,6 +176,25 @@ def attached_module(model: Any, remote: Any) -> Values:
     with fresh.trace(PROMPT, remote=remote):
         hidden = fresh.transformer.h[0].output
         fresh.transformer.h[0].output = fresh.transformer.h[0].sae(hidden, hook=True)
+        logits = fresh.lm_head.output.save()
+    return {"shape": logits.shape}
+
+
+@construct(
+    "a module attached to the model, called by an edit",
+    "usage/edit",
+    "with fresh.edit(inplace=True):\n    acts = fresh.transformer.h[0].output",
+    refused="Your code uses the module 'model.transformer.h.0.sae', which the model at this site does not have: a module that you attach to a model "
+    "does not travel. Keep the torch module in a variable of its own and call that in the block; it is sent along with its weights.",
+)
+def attached_by_edit(model: Any, remote: Any) -> Values:
+    fresh = loaded_again(model, dispatch=True)
+    width = fresh.config.n_embd
+    fresh.transformer.h[0].sae = torch.nn.Linear(width, width)
+    with fresh.edit(inplace=True):
+        acts = fresh.transformer.h[0].output
+        fresh.transformer.h[0].output = fresh.transformer.h[0].sae(acts, hook=True)
+    with fresh.trace(PROMPT, remote=remote):
         logits = fresh.lm_head.output.save()
     return {"shape": logits.shape}
 

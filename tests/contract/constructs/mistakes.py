@@ -45,7 +45,7 @@ def failed_assertion(model: Any, remote: Any) -> Values:
 
 @construct(
     "an index out of range",
-    "walkthrough, error handling",
+    "errors/index",
     "model.transformer.h[0].output[:, 10_000] = 0",
     says="IndexError: index 10000 is out of bounds for dimension 1 with size 8",
 )
@@ -91,7 +91,7 @@ def wrong_order(model: Any, remote: Any) -> Values:
 
 @construct(
     "a module that does not run",
-    "errors/value-was-not-provided",
+    "errors/module-never-fired",
     "model.transformer.h[1].skip(first)\ninner = model.transformer.h[1].mlp.output.save()",
     says="OutOfOrderError: 'model.transformer.h.1.mlp.output.i0' was requested but the model already ran past it",
 )
@@ -108,7 +108,7 @@ def never_run(model: Any, remote: Any) -> Values:
 
 @construct(
     "a trace without a prompt",
-    "errors/model-did-not-execute",
+    "errors/cannot-access-outside-interleaving",
     "with model.trace(remote=True):",
     says="ValueError: Cannot access `model.lm_head.output` outside of interleaving",
 )
@@ -141,7 +141,7 @@ def nested_invokes(model: Any, remote: Any) -> Values:
 
 @construct(
     "writing into a tuple",
-    "gotchas/modification",
+    "usage/access-and-modify",
     "model.transformer.h[0].attn.output[0] = zeros",
     says="TypeError: 'tuple' object does not support item assignment",
 )
@@ -157,7 +157,7 @@ def tuple_item(model: Any, remote: Any) -> Values:
 
 @construct(
     "a value of another block, without the barrier that it needs",
-    "gotchas/cross-invoke",
+    "usage/invoke-and-batching",
     "model.transformer.h[1].output[:, -1] = clean",
     says="NameError: name 'clean' is not defined",
 )
@@ -175,7 +175,7 @@ def missing_barrier(model: Any, remote: Any) -> Values:
 
 @construct(
     "statements after an open loop",
-    "gotchas/iteration",
+    "usage/iteration",
     "for _step in tracer.iter[:]:\nlate = nnsight.save(1)",
     note="nnsight warns, and what follows the loop does not run",
 )
@@ -191,7 +191,7 @@ def after_an_open_loop(model: Any, remote: Any) -> Values:
 
 @construct(
     "an output outside a trace",
-    "errors/model-did-not-execute",
+    "errors/cannot-access-outside-interleaving",
     "model.transformer.h[0].output",
     note="said by nnsight before anything is sent",
     says="ValueError: Cannot access `model.transformer.h.0.output` outside of interleaving",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.contract.constructs.construct import PROMPT, Values, construct
+from tests.contract.constructs.construct import OTHER, PROMPT, Values, construct
 
 
 @construct(
@@ -37,7 +39,7 @@ def edits_add_up(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "an edit with a captured value", "walkthrough, model editing", "edited.transformer.h[-1].output[:, -1] = hidden"
+    "an edit with a captured value", "walkthrough, persistent edits", "edited.transformer.h[-1].output[:, -1] = hidden"
 )
 def edit_with_value(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT):
@@ -51,7 +53,7 @@ def edit_with_value(model: Any, remote: Any) -> Values:
 
 @construct(
     "an edit at every step of a generation",
-    "docstring of Envoy.__call__",
+    "usage/edit",
     "for _step in tracer.iter[:]:\n    edited.transformer.h[0].output[:, -1] *= 0.5",
     refused="'NoneType' object has no attribute 'f_code'",
     note="nnsight cannot send an edit that names its own tracer; write `edited.iter[:]`, as in the next row",
@@ -67,7 +69,7 @@ def edit_in_generation(model: Any, remote: Any) -> Values:
 
 @construct(
     "an edit at every step of a generation, without its tracer",
-    "docstring of Envoy.iter",
+    "reference/api-quick-reference",
     "for _step in edited.iter[:]:\n    edited.transformer.h[0].output[:, -1] *= 0.5",
 )
 def edit_in_generation_by_model(model: Any, remote: Any) -> Values:
@@ -131,7 +133,7 @@ def cache_options(model: Any, remote: Any) -> Values:
     "reading a cache by walking",
     "usage/cache",
     "kept.transformer.h[0].output",
-    note="by number from the front: `[-1]` needs a local trace",
+    note="by number from the front; for `[-1]` set `kept._cache.model = model` first",
 )
 def cache_walk(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote) as tracer:
@@ -157,3 +159,76 @@ def cache_after_changes(model: Any, remote: Any) -> Values:
         kept = tracer.cache(modules=[model.transformer.h[0]])
         model.transformer.h[0].output[:] = 0
     return {"hidden": kept["model.transformer.h.0"].output}
+
+
+@construct(
+    "a cache of one block's rows",
+    "usage/cache",
+    "with tracer.invoke(OTHER):\n    kept = tracer.cache(modules=[model.lm_head])",
+)
+def cache_in_a_block(model: Any, remote: Any) -> Values:
+    with model.trace(remote=remote) as tracer:
+        with tracer.invoke(PROMPT):
+            first = model.lm_head.output.save()
+        with tracer.invoke(OTHER):
+            kept = tracer.cache(modules=[model.lm_head])
+    return {"first": first, "paths": list(kept.keys()), "rows": kept["model.lm_head"].output}
+
+
+@construct("a cache kept in a file", "usage/cache", "torch.save(kept, path)\nback._cache.model = model")
+def cache_in_a_file(model: Any, remote: Any) -> Values:
+    with model.trace(PROMPT, remote=remote) as tracer:
+        kept = tracer.cache(modules=[model.transformer.h[0]])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache.pt"
+        torch.save(kept, path)
+        back = torch.load(path, weights_only=False)
+    by_path = back["model.transformer.h.0"].output
+    back._cache.model = model
+    return {"by_path": by_path, "by_walking": back.transformer.h[0].output}
+
+
+@construct(
+    "a backward pass over a cache",
+    "usage/cache",
+    "kept = tracer.cache(modules=[model.transformer.h[0]], detach=False, device=None)",
+    differs="Values come back without the graph that made them, so the pass ends at the cache. Write the backward pass in the trace.",
+)
+def cache_with_graph(model: Any, remote: Any) -> Values:
+    with model.trace(PROMPT, remote=remote) as tracer:
+        kept = tracer.cache(modules=[model.transformer.h[0]], detach=False, device=None)
+    kept["model.transformer.h.0"].output.sum().backward()
+    reached = model.transformer.wte._module.weight.grad is not None
+    model._module.zero_grad()
+    return {"reached": reached}
+
+
+@construct(
+    "an edit in a generation and in the pipeline",
+    "usage/edit",
+    "with edited.pipe(PROMPT, max_new_tokens=3, do_sample=False, remote=True) as tracer:",
+    note="at the first step only, as in nnsight",
+)
+def edit_at_the_first_step(model: Any, remote: Any) -> Values:
+    with model.edit() as (_tracer, edited):
+        edited.transformer.h[0].output[:] = 0
+    with edited.generate(PROMPT, max_new_tokens=3, remote=remote) as tracer:
+        ids = tracer.result.save()
+    with edited.pipe(PROMPT, max_new_tokens=3, do_sample=False, remote=remote) as tracer:
+        records = tracer.result.save()
+    return {"ids": ids, "records": records}
+
+
+@construct(
+    "an edit of one layer, which is not the model's",
+    "usage/edit",
+    "with model.transformer.h[0].edit(inplace=True):",
+    note="a trace of the model does not replay it",
+)
+def edit_of_a_layer(model: Any, remote: Any) -> Values:
+    with model.transformer.h[0].edit(inplace=True):
+        model.transformer.h[0].mlp.output[:] = 0
+    with model.trace(PROMPT, remote=remote):
+        logits = model.lm_head.output.save()
+    model.transformer.h[0].clear_edits()
+    return {"logits": logits}

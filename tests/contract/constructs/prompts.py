@@ -41,7 +41,7 @@ def many_invokes(model: Any, remote: Any) -> Values:
 
 @construct(
     "a block without a prompt that sees the whole batch",
-    "patterns/multi-prompt-comparison",
+    "usage/invoke-and-batching",
     "with tracer.invoke():\n    model.transformer.h[1].mlp.output[:] = 0",
 )
 def empty_invoke_changes(model: Any, remote: Any) -> Values:
@@ -56,7 +56,7 @@ def empty_invoke_changes(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("token ids as a list", "docstring of TransformersModel", "model.trace([5, 6, 7], remote=True)")
+@construct("token ids as a list", "models/transformers-model", "model.trace([5, 6, 7], remote=True)")
 def token_list(model: Any, remote: Any) -> Values:
     with model.trace([5, 6, 7], remote=remote):
         logits = model.lm_head.output.save()
@@ -65,7 +65,7 @@ def token_list(model: Any, remote: Any) -> Values:
 
 @construct(
     "token ids as lists of several lengths",
-    "docstring of TransformersModel",
+    "models/transformers-model",
     "model.trace([[5, 6, 7], [8, 9]], remote=True)",
 )
 def token_lists(model: Any, remote: Any) -> Values:
@@ -74,14 +74,14 @@ def token_lists(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("token ids as a tensor", "models/language-model", "model.trace(torch.tensor([[5, 6, 7]]), remote=True)")
+@construct("token ids as a tensor", "models/transformers-model", "model.trace(torch.tensor([[5, 6, 7]]), remote=True)")
 def token_tensor(model: Any, remote: Any) -> Values:
     with model.trace(torch.tensor([[5, 6, 7]]), remote=remote):
         logits = model.lm_head.output.save()
     return {"logits": logits}
 
 
-@construct("token ids by name", "models/language-model", "model.trace(input_ids=ids, remote=True)")
+@construct("token ids by name", "models/transformers-model", "model.trace(input_ids=ids, remote=True)")
 def ids_by_name(model: Any, remote: Any) -> Values:
     ids = model.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with model.trace(input_ids=ids, remote=remote):
@@ -91,7 +91,7 @@ def ids_by_name(model: Any, remote: Any) -> Values:
 
 @construct(
     "what a tokenizer returns",
-    "models/language-model",
+    "models/transformers-model",
     'encoded = model.tokenizer([PROMPT, OTHER], return_tensors="pt", padding=True)\nmodel.trace(encoded, remote=True)',
 )
 def encoding(model: Any, remote: Any) -> Values:
@@ -103,7 +103,7 @@ def encoding(model: Any, remote: Any) -> Values:
 
 @construct(
     "a dictionary of model inputs",
-    "models/language-model",
+    "models/transformers-model",
     'model.trace({"input_ids": ids, "attention_mask": mask}, remote=True)',
 )
 def input_dictionary(model: Any, remote: Any) -> Values:
@@ -116,7 +116,7 @@ def input_dictionary(model: Any, remote: Any) -> Values:
 
 @construct(
     "an attention mask",
-    "docstring of nnsight.modeling.processing",
+    "models/transformers-model",
     "model.trace(input_ids=ids, attention_mask=mask, remote=True)",
 )
 def attention_mask(model: Any, remote: Any) -> Values:
@@ -128,7 +128,7 @@ def attention_mask(model: Any, remote: Any) -> Values:
 
 @construct(
     "embeddings in place of tokens",
-    "docstring of nnsight.modeling.processing",
+    "models/transformers-model",
     "model.trace(inputs_embeds=embeddings, remote=True)",
 )
 def embeddings_given(model: Any, remote: Any) -> Values:
@@ -163,7 +163,7 @@ def forward_arguments(model: Any, remote: Any) -> Values:
 
 @construct(
     "labels, and the model's own loss",
-    "docstring of nnsight.modeling.processing",
+    "models/transformers-model",
     "model.trace(input_ids=ids, labels=ids, remote=True)",
 )
 def labels(model: Any, remote: Any) -> Values:
@@ -175,7 +175,7 @@ def labels(model: Any, remote: Any) -> Values:
 
 @construct(
     "another padding side, set inside a session",
-    "docstring of nnsight.modeling.processing",
+    "models/transformers-model",
     'model.tokenizer.padding_side = "right"',
 )
 def padding_side_in_session(model: Any, remote: Any) -> Values:
@@ -192,7 +192,7 @@ def padding_side_in_session(model: Any, remote: Any) -> Values:
 
 @construct(
     "another padding side, set before the trace",
-    "docstring of nnsight.modeling.processing",
+    "models/transformers-model",
     'model.tokenizer.padding_side = "right"',
     differs="The site's own tokenizer is used, as it was loaded: settings of yours do not travel with nnsight. Set it inside a session.",
 )
@@ -209,7 +209,7 @@ def padding_side(model: Any, remote: Any) -> Values:
 
 @construct(
     "chat messages through a template",
-    "docstring of TransformersModel.pipe",
+    "usage/pipe",
     "encoded = model.tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=False)",
 )
 def chat_template(model: Any, remote: Any) -> Values:
@@ -220,7 +220,7 @@ def chat_template(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("tokenizing inside a session", "gotchas/remote", 'ids = model.tokenizer(PROMPT)["input_ids"]')
+@construct("tokenizing inside a session", "remote/remote-session", 'ids = model.tokenizer(PROMPT)["input_ids"]')
 def tokenize_in_session(model: Any, remote: Any) -> Values:
     with model.session(remote=remote):
         ids = model.tokenizer(PROMPT)["input_ids"]

@@ -82,7 +82,7 @@ def helper_function(model: Any, remote: Any) -> Values:
     return {"norm": norm}
 
 
-@construct("functions that read and change the model", "docstring of nnsight.register", "damp(model, 0, 0.5)")
+@construct("functions that read and change the model", "remote/register-local-modules", "damp(model, 0, 0.5)")
 def function_of_model(model: Any, remote: Any) -> Values:
     def damp(envoy: Any, layer: int, by: float) -> Any:
         envoy.transformer.h[layer].output[:] *= by
@@ -186,7 +186,7 @@ def local_file(model: Any, remote: Any) -> Values:
     return {"steered": steered}
 
 
-@construct("imports in the block", "gotchas/remote", "import torch.nn.functional as F")
+@construct("imports in the block", "patterns/remote-dataset-sweep", "import torch.nn.functional as F")
 def imports_inside(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         import torch.nn.functional as F
@@ -196,7 +196,7 @@ def imports_inside(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "numpy, math and the standard library", "gotchas/types-and-values", "rounded = np.round(hidden.detach().numpy(), 2)"
+    "numpy and the standard library", "usage/conditionals-and-loops", "rounded = np.round(hidden.detach().numpy(), 2)"
 )
 def other_libraries(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
@@ -216,7 +216,7 @@ def outer_variables(model: Any, remote: Any) -> Values:
     return {"found": found}
 
 
-@construct("assertions that hold", "gotchas/types-and-values", "assert hidden.shape[-1] == model.config.n_embd")
+@construct("assertions that hold", "usage/conditionals-and-loops", "assert hidden.shape[-1] == model.config.n_embd")
 def assertion(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         hidden = model.transformer.h[0].output
@@ -241,7 +241,7 @@ def exceptions_inside(model: Any, remote: Any) -> Values:
     return {"said": said, "ended": ended}
 
 
-@construct("with blocks of torch", "docstring of nnsight.intervention.backward", "with torch.no_grad():")
+@construct("with blocks of torch", "usage/backward-and-grad", "with torch.no_grad():")
 def torch_contexts(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         with torch.no_grad():
@@ -252,7 +252,7 @@ def torch_contexts(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "random numbers with a seed", "walkthrough, replacement", "torch.manual_seed(3)\nnoise = torch.randn_like(hidden)"
+    "random numbers with a seed", "usage/access-and-modify", "torch.manual_seed(3)\nnoise = torch.randn_like(hidden)"
 )
 def random_numbers(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):

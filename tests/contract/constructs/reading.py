@@ -68,7 +68,7 @@ def indices(model: Any, remote: Any) -> Values:
 
 @construct(
     "a module or a value by its path",
-    "docstring of Envoy.get",
+    "reference/api-quick-reference",
     'value = model.get("transformer.h.0.mlp.output").save()',
 )
 def by_path(model: Any, remote: Any) -> Values:
@@ -80,7 +80,7 @@ def by_path(model: Any, remote: Any) -> Values:
 
 @construct(
     "walking over all modules",
-    "docstring of Envoy.modules",
+    "reference/api-quick-reference",
     'paths = [module.path for module in model.modules()].save()\nmodel.named_modules(lambda envoy: "mlp" in envoy.path)',
 )
 def walk(model: Any, remote: Any) -> Values:
@@ -94,7 +94,7 @@ def walk(model: Any, remote: Any) -> Values:
 
 @construct(
     "shape, dtype and device of a value",
-    "gotchas/types-and-values",
+    "usage/access-and-modify",
     "shape = hidden.shape.save()\nkind = hidden.dtype.save()\nwhere = hidden.device.save()",
 )
 def shape_and_kind(model: Any, remote: Any) -> Values:
@@ -131,7 +131,7 @@ def save_later(model: Any, remote: Any) -> Values:
 
 @construct(
     "a name bound anew after save() is not saved",
-    "gotchas/save",
+    "usage/save",
     "value = model.lm_head.output.save()\nvalue = 2",
 )
 def rebound(model: Any, remote: Any) -> Values:
@@ -163,7 +163,7 @@ def detached(model: Any, remote: Any) -> Values:
 
 @construct(
     "casts to other number types",
-    "gotchas/types-and-values",
+    "usage/access-and-modify",
     "half = hidden.half().save()\nbrain = hidden.to(torch.bfloat16).save()",
 )
 def casts(model: Any, remote: Any) -> Values:
@@ -192,7 +192,7 @@ def plain_numbers(model: Any, remote: Any) -> Values:
 
 @construct(
     "torch operations on values",
-    "walkthrough, operations",
+    "walkthrough, operations on values",
     "torch.topk(torch.softmax(logits, dim=-1), 5)",
 )
 def torch_operations(model: Any, remote: Any) -> Values:
@@ -207,7 +207,7 @@ def torch_operations(model: Any, remote: Any) -> Values:
     return {"values": values, "places": places, "product": product}
 
 
-@construct("weights of the model", "docstring of Envoy", "norms = model.lm_head.weight.norm(dim=-1).save()")
+@construct("weights of the model", "usage/access-and-modify", "norms = model.lm_head.weight.norm(dim=-1).save()")
 def weights(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
         norms = model.lm_head.weight.norm(dim=-1).save()
@@ -252,7 +252,7 @@ def out_of_order(model: Any, remote: Any) -> Values:
     return {"later": later, "earlier": earlier}
 
 
-@construct("what the model returned", "docstring of tracer.result", "whole = tracer.result.save()")
+@construct("what the model returned", "usage/trace", "whole = tracer.result.save()")
 def returned(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote) as tracer:
         whole = tracer.result.save()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnsight import NNsight
+from nnsight import NNsight, TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
 
 from tests.contract.constructs.construct import PROMPT, Values, construct, loaded_again
@@ -61,13 +61,42 @@ def diffusion(model: Any, remote: Any) -> Values:
 
 @construct(
     "models that bring code of their own",
-    "models/language-model",
+    "models/transformers-model",
     "trust_remote_code=True",
     refused="Failed to send request: Sites of this mesh load no code from model repositories, so MODEL cannot be asked for with "
     "trust_remote_code.",
 )
 def remote_code(model: Any, remote: Any) -> Values:
     fresh = loaded_again(model, dispatch=True, trust_remote_code=True)
+    with fresh.trace(PROMPT, remote=remote):
+        logits = fresh.lm_head.output.save()
+    return {"logits": logits}
+
+
+@construct(
+    "another task of the same model",
+    "models/transformers-model",
+    'fresh = TransformersModel(folder, task="feature-extraction", dispatch=not remote)',
+    refused="No site can run this job as it is ordered. ansbach offers MODEL only as revision ID, float32, text-generation.",
+)
+def other_task(model: Any, remote: Any) -> Values:
+    folder = model._module.config._name_or_path
+    fresh = TransformersModel(folder, task="feature-extraction", dispatch=not remote)
+    fresh.repo_id = model.repo_id
+    with fresh.trace(PROMPT, remote=remote):
+        hidden = fresh.h[0].output.save()
+    return {"hidden": hidden}
+
+
+@construct(
+    "another revision of the model",
+    "models/transformers-model",
+    'fresh.revision = "my-branch"',
+    refused="No site can run this job as it is ordered. ansbach offers MODEL only as revision ID, float32, text-generation.",
+)
+def other_revision(model: Any, remote: Any) -> Values:
+    fresh = loaded_again(model, dispatch=not remote)
+    fresh.revision = "my-branch"
     with fresh.trace(PROMPT, remote=remote):
         logits = fresh.lm_head.output.save()
     return {"logits": logits}
@@ -132,7 +161,7 @@ def missing_module(model: Any, remote: Any) -> Values:
 
 @construct(
     "a lock, a socket, an open file used in the block",
-    "gotchas/remote",
+    "remote/ndif-overview",
     "with lock:",
     refused="cannot pickle '_thread.lock' object",
 )

@@ -55,7 +55,7 @@ def language_model(model: Any, remote: Any) -> Values:
 
 @construct(
     "a model that transformers loaded",
-    "models/language-model",
+    "models/transformers-model",
     "TransformersModel(AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer)",
 )
 def preloaded(model: Any, remote: Any) -> Values:
@@ -68,7 +68,7 @@ def preloaded(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("the address in place of True", "docstring of Remotable.trace", "model.trace(PROMPT, remote=address)")
+@construct("the address in place of True", "remote/api-key-and-config", "model.trace(PROMPT, remote=address)")
 def address(model: Any, remote: Any) -> Values:
     address = CONFIG.API.HOST if remote else False
     with model.trace(PROMPT, remote=address):
@@ -78,7 +78,7 @@ def address(model: Any, remote: Any) -> Values:
 
 @construct(
     "a rehearsal on your own machine",
-    "docstring of Remotable.trace",
+    "remote/ndif-overview",
     'model.trace(PROMPT, remote="local")',
     note="needs no mesh; shows what cannot be sent",
 )
@@ -135,7 +135,7 @@ def by_job_id(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("awaited in an event loop", "docstring of AsyncRemoteBackend", "result = await backend")
+@construct("awaited in an event loop", "remote/remote-async", "result = await backend")
 def awaited(model: Any, remote: Any) -> Values:
     async def wait(backend: Any) -> Any:
         result = await backend
@@ -159,7 +159,7 @@ def own_backend(model: Any, remote: Any) -> Values:
     return {"logits": logits}
 
 
-@construct("what a job cost", "docstring of RemoteBackend", 'tracer.backend.meta["runtime_s"]')
+@construct("what a job cost, in the mesh's words", "remote/ndif-overview", 'tracer.backend.meta["runtime_s"]')
 def cost(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote) as tracer:
         logits = model.lm_head.output.save()
@@ -167,7 +167,7 @@ def cost(model: Any, remote: Any) -> Values:
     return {"logits": logits, "known": known}
 
 
-@construct("an uncompressed exchange", "remote/api-key-and-config", "CONFIG.API.COMPRESS = False")
+@construct("an uncompressed exchange", "reference/config", "CONFIG.API.COMPRESS = False")
 def uncompressed(model: Any, remote: Any) -> Values:
     before = CONFIG.API.COMPRESS
     CONFIG.API.COMPRESS = False
@@ -181,7 +181,7 @@ def uncompressed(model: Any, remote: Any) -> Values:
 
 @construct(
     "a PEFT adapter, from the start",
-    "docstring of TransformersModel",
+    "models/transformers-model",
     "peft=adapter",
     note="where the site has it in its cache",
 )
@@ -196,7 +196,7 @@ def peft_adapter(model: Any, remote: Any) -> Values:
 
 @construct(
     "a PEFT adapter, loaded later and taken off again",
-    "docstring of TransformersModel.load_adapter",
+    "models/transformers-model",
     "fresh.load_adapter(adapter)\nfresh.load_adapter(None)",
 )
 def peft_later(model: Any, remote: Any) -> Values:
@@ -231,7 +231,7 @@ def registered(model: Any, remote: Any) -> Values:
 
 @construct(
     "a call without a block",
-    "docstring of Envoy.trace",
+    "reference/api-quick-reference",
     "whole = model.trace(PROMPT, trace=False)\nids = model.generate(PROMPT, max_new_tokens=3)",
     note="runs on your own machine",
 )

@@ -59,7 +59,7 @@ def three_at_a_barrier(model: Any, remote: Any) -> Values:
 
 @construct(
     "one list filled by several blocks",
-    "patterns/multi-prompt-comparison",
+    "usage/invoke-and-batching",
     "found.append(model.lm_head.output[:, -1].argmax(-1))",
 )
 def shared_list(model: Any, remote: Any) -> Values:
@@ -151,7 +151,7 @@ def local_then_remote(model: Any, remote: Any) -> Values:
 
 @construct(
     "remote traces inside a local session",
-    "gotchas/remote",
+    "usage/session",
     "with model.session():\n    with model.trace(PROMPT, remote=True):",
     note="one job a trace; `remote=True` on the session makes it one job",
 )
@@ -181,7 +181,7 @@ def remote_in_remote_session(model: Any, remote: Any) -> Values:
 
 @construct(
     "a list of yours, from before the block, filled in it",
-    "gotchas/remote",
+    "remote/remote-trace",
     "mine: list[torch.Tensor] = []\nmine.append(model.lm_head.output.argmax(-1))",
     differs="The list that is filled is the site's copy; yours stays empty. Make it in the block: `found = list().save()`.",
 )

@@ -71,7 +71,7 @@ def shared_values(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "the keys and values that attention kept", "models/language-model", "kept = model.output.past_key_values.save()"
+    "the keys and values that attention kept", "models/transformers-model", "kept = model.output.past_key_values.save()"
 )
 def key_value_cache(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, use_cache=True, remote=remote):
@@ -80,7 +80,9 @@ def key_value_cache(model: Any, remote: Any) -> Values:
 
 
 @construct(
-    "what the tokenizer made", "models/language-model", 'encoded = model.tokenizer(PROMPT, return_tensors="pt").save()'
+    "what the tokenizer made",
+    "models/transformers-model",
+    'encoded = model.tokenizer(PROMPT, return_tensors="pt").save()',
 )
 def encoded_value(model: Any, remote: Any) -> Values:
     with model.trace(PROMPT, remote=remote):
@@ -101,7 +103,7 @@ def state_dict(model: Any, remote: Any) -> Values:
     return {"weights": dict(weights)}
 
 
-@construct("a value that was never saved", "gotchas/remote", "hidden = model.transformer.h[0].output")
+@construct("a value that was never saved", "remote/remote-trace", "hidden = model.transformer.h[0].output")
 def not_saved(model: Any, remote: Any) -> Values:
     hidden = None
     with model.trace(PROMPT, remote=remote):

@@ -225,7 +225,7 @@ def _ended(
         )
         _trouble(draft, site, -1)
     elif status is AttemptStatus.FAILED and blame is Blame.USER:
-        draft.change_job(job, status=JobStatus.FAILED, failure=said, text=f"Failed at {site}: {_last_line(said.text)}")
+        draft.change_job(job, status=JobStatus.FAILED, failure=said, text=f"Failed at {site}: {said.line}")
         _trouble(draft, site, -1)
     elif status is AttemptStatus.FAILED and blame is Blame.RUNNER:
         _crashed(draft, job, site, said)
@@ -277,8 +277,3 @@ def _trouble(draft: Draft, site: SiteId, step: int) -> None:
             max(0, min(10, record.trouble + step)),
         )
     )  # fmt: skip
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""

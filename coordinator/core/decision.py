@@ -175,7 +175,7 @@ class Draft:
         if before is None or new.status is not before.status:
             if before is not None and new.status not in ATTEMPT_TRANSITIONS[before.status]:
                 raise BrokenRuleError(f"{key}: {before.status} -> {new.status}")
-            text = new.failure.text.split("\n")[-1] if new.failure else new.detail
+            text = new.failure.line if new.failure else new.detail
             self._audit.append(
                 Audited(self.now_ms, f"attempt {new.status.value.lower()}", new.job, new.attempt, new.site, text[:300])
             )

@@ -53,7 +53,7 @@ def show_job(*, job: str, json: bool) -> int:
                 seconds(a.receipt.wall_ms if a.receipt else None),
                 gigabytes(a.receipt.peak_memory_bytes) if a.receipt else "-",
                 gigabytes(a.receipt.result_bytes) if a.receipt else "-",
-                _short(a.failure.text if a.failure else a.detail) or "-",
+                _short(a.failure.line if a.failure else a.detail) or "-",
             )
             for a in found.attempts
         ],

@@ -65,3 +65,9 @@ class Failure:
 
     code: str
     text: str
+
+    @property
+    def line(self) -> str:
+        """The one line that says most, of 300 characters at most: a traceback's last, a sentence's first; "" when there is none."""
+        lines = [line for line in self.text.splitlines() if line.strip()]
+        return (lines[-1 if self.code == "user_error" else 0] if lines else "")[:300]

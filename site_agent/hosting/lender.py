@@ -22,7 +22,7 @@ from site_agent.hosting.progress import LoadingProgress
 from site_agent.hosting.spec import HostFacts, ModelSpec
 from site_agent.runner.device_usage import DeviceMeter
 from site_agent.runner.selftest import deviation, pid_of
-from site_agent.runner.supervisor import HOST_GONE, Runner, changed_sentence
+from site_agent.runner.supervisor import HOST_GONE, Runner, changed_sentence, readable
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ class ModelHost:
             try:
                 data, descriptors, _, _ = socket.recv_fds(self._control, 64 << 10, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
-                await _readable_now(self._control)
+                await readable(self._control)
                 continue
             return (json.loads(data) if data else None), (descriptors[0] if descriptors else -1)
 
@@ -427,24 +427,9 @@ async def _all_gone(pidfds: list[int]) -> None:
     try:
         async with asyncio.timeout(_END_S):
             for pidfd in pidfds:
-                await _readable_now(pidfd)
+                await readable(pidfd)
     except TimeoutError:
         log.error("runners of a closed host are still there", extra={"runners": len(pidfds)})
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
-
-
-async def _readable_now(sock: socket.socket | int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-
-    def there() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(sock, there)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(sock)

@@ -287,13 +287,12 @@ class Runner:
 
     async def _take_meter(self) -> None:
         """Take the first frame with its descriptor; a runner that could not open it speaks of something else first."""
-        loop = asyncio.get_running_loop()
         while True:
             try:
                 data, descriptors, _, _ = socket.recv_fds(self._sock, HEAD.size, 1)
                 break
             except BlockingIOError:
-                await _readable(loop, self._sock)
+                await readable(self._sock)
         for descriptor in descriptors:
             self._meter.adopt(descriptor)
         if not data:
@@ -413,7 +412,7 @@ class Runner:
     async def _dies(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GONE_S):
-                await _readable(asyncio.get_running_loop(), self._pidfd)
+                await readable(self._pidfd)
 
     def _is_dead(self) -> bool:
         poll = select.poll()
@@ -432,13 +431,14 @@ def cpu_limit_ms(options: RunOptions) -> int:
     return limits.cpu_ms or limits.wall_ms * max(1, options.threads) + 1000
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket | int) -> None:
-    readable = asyncio.Event()
-    loop.add_reader(sock, readable.set)
+async def readable(descriptor: socket.socket | int) -> None:
+    """Wait until there is something to read: of a socket, also its end; of a pidfd, that its process has ended."""
+    loop, there = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, there.set)
     try:
-        await readable.wait()
+        await there.wait()
     finally:
-        loop.remove_reader(sock)
+        loop.remove_reader(descriptor)
 
 
 def _memory_sentence(used: int, limit: int, what: str = "memory") -> str:

@@ -44,6 +44,22 @@ class PayloadRef:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultOptions:
+    """How the researcher wants a result to travel."""
+
+    wire_dtype: str = ""
+    """`float16`, `bfloat16` or `int8`: floating tensors are sent in this dtype and come back in their own, rounded; empty: exact."""
+    compression: str = "auto"
+    """`auto`, `off`, `fast` or `best`. Lossless; `auto` weighs what it saves against the measured link."""
+    link_bytes_per_s: int = 0
+    """What the client last measured of its own downloads; 0: unknown."""
+    seal_to: str = ""
+    """X25519 public key, hexadecimal: the site seals every chunk to it; empty: not sealed."""
+    session: str = ""
+    """Jobs of one key and one session share chunks that are the same; empty: none are shared."""
+
+
+@dataclass(frozen=True, slots=True)
 class Audience:
     """Where the job may run; empty means anywhere."""
 
@@ -80,6 +96,7 @@ class Order:
     """The researcher's own label, for lists."""
     sandbox: str = ""
     """The least sandbox profile (`base`, `namespaced`, `strict`) under which this may run; empty: any."""
+    results: ResultOptions = ResultOptions()
     kind: Literal["order"] = "order"
 
 
@@ -263,11 +280,29 @@ class Advert:
 
 
 @dataclass(frozen=True, slots=True)
+class Lender:
+    """An earlier attempt of the same key and session, at the same site, some of whose chunks a result uses again."""
+
+    job: JobId
+    attempt: AttemptNumber
+
+
+@dataclass(frozen=True, slots=True)
+class DirectEndpoint:
+    """Where a site itself serves a result; used when a client reaches it and it is faster than the broker."""
+
+    url: str
+    """`https://host:port`; the client adds the path."""
+    certificate_sha256: str
+    """Of the certificate in DER, hexadecimal: the client believes exactly this one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Site -> researcher (inside `Report` and `JobSnapshot`, as its own envelope): what the result is.
 
-    Bound to one order and one attempt. `root` is the SHA-256 over the concatenated raw 32-byte SHA-256 digests of all
-    chunks in order; the list of digests travels as the chunk named `index`.
+    Bound to one order and one attempt. `root` is the SHA-256 of the index, which names every chunk's length, form and
+    SHA-256 (`results/index.py`). The index itself travels in `index` when it is short, else as chunks of its own.
     """
 
     order_digest: Digest
@@ -275,14 +310,44 @@ class Manifest:
     attempt: AttemptNumber
     site: SiteId
     archive_bytes: int
-    chunk_bytes: int
-    """All chunks but the last have this size."""
+    """Of the archive as it is read: not compressed, not sealed."""
+    stored_bytes: int
+    """Of this attempt's own chunks as they travel; without those that `lenders` hold."""
     chunks: int
     root: Digest
     issued_at_ms: int
     receipt: Receipt
-    format: str = "edif-archive-1"
+    index: str = ""
+    """The index in base64, or empty: then it travels as the chunks `index`, `index-1`, ..."""
+    lenders: tuple[Lender, ...] = ()
+    sealed_key: str = ""
+    """Base64: the key of the chunks, sealed (HPKE) to the order's `seal_to`; empty: not sealed."""
+    direct: tuple[DirectEndpoint, ...] = ()
+    keep_until_ms: int = 0
+    """Until when the result can be fetched; 0: not stated."""
+    format: str = "edif-archive-2"
     kind: Literal["manifest"] = "manifest"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultPart:
+    """Site -> researcher, beside the chunks while they are stored: the index entries of some that are durable now.
+
+    Makes them verifiable before there is a manifest. Only the manifest makes them a result.
+    """
+
+    order_digest: Digest
+    job: JobId
+    attempt: AttemptNumber
+    site: SiteId
+    first: int
+    """The number of the first chunk that is described here."""
+    entries: str
+    """Index entries in base64, in order."""
+    issued_at_ms: int
+    sealed_key: str = ""
+    """As in `Manifest`."""
+    kind: Literal["result_part"] = "result_part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +530,7 @@ Message = (
     | ReportReceived
     | Advert
     | Manifest
+    | ResultPart
     | Report
     | JobSnapshot
     | JobList
@@ -490,6 +556,7 @@ SIGNED_BY: dict[str, frozenset[Role]] = {
     "refusal": frozenset({Role.COORDINATOR, Role.SITE}),
     "advert": frozenset({Role.SITE}),
     "manifest": frozenset({Role.SITE}),
+    "result_part": frozenset({Role.SITE}),
     "report": frozenset({Role.SITE}),
     "received": frozenset({Role.SITE}),
     "log_lines": frozenset({Role.SITE}),

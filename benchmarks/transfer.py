@@ -23,15 +23,15 @@ from typing import Any
 
 import nats
 
-from edif_mesh.domain.attempt import Receipt
-from edif_mesh.domain.ids import AttemptNumber, Digest, JobId, SiteId
-from edif_mesh.results.transfer import CHUNK_BYTES, ResultWriter
+from edif_mesh.domain.ids import AttemptNumber, JobId
+from edif_mesh.results.index import CHUNK_BYTES
+from edif_mesh.results.transfer import ResultWriter
 from edif_mesh.results.transfer_read import ResultReader
 from edif_mesh.results.transfer_sinks import BufferSink
 from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire import subjects
-from edif_mesh.wire.messages import Manifest
+from tests.builders_transfer import a_manifest
 from tests.contract.nats_starter import NatsServer
 
 ONE = AttemptNumber(1)
@@ -63,9 +63,7 @@ async def reading(url: str, pipe: Pipe, follow: bool) -> None:
             await reader.follow()
         pipe.send("ready")
         parts = await loop.run_in_executor(None, pipe.recv)
-        await reader.read(
-            Manifest(Digest("0" * 64), job, ONE, SiteId("bench"), *parts, issued_at_ms=0, receipt=Receipt())
-        )
+        await reader.read(a_manifest(job, ONE, parts))
         pipe.send(time.monotonic())
     await bulk.close()
 
@@ -89,7 +87,7 @@ async def ours(url: str, sizes: list[int], runs: int, chunk_bytes: int, follow: 
         for start in range(0, len(data), PIECE_BYTES):
             await writer.feed(data[start : start + PIECE_BYTES])
         parts = await writer.finish()
-        here.send((parts.archive_bytes, parts.chunk_bytes, parts.chunks, parts.root))
+        here.send(parts)
         ended = await loop.run_in_executor(None, here.recv)
         took[size].append(ended - began)
         await connection.streams.purge(subjects.RESULTS_STREAM, subjects.result_chunks(job))

@@ -36,7 +36,7 @@ from edif_mesh.transport.ports import Incoming, Subscription
 from edif_mesh.wire import subjects
 from edif_mesh.wire.codec import decode_as
 from edif_mesh.wire.envelope import body_of, kind_of
-from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, Manifest, Order, Refusal
+from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, Manifest, Order, Refusal, ResultPart
 
 if TYPE_CHECKING:
     from edif_mesh.client.mesh import Mesh
@@ -287,8 +287,17 @@ class Job:
     def _result_reader(self) -> ResultReader:
         if self._reader is None:
             self._sink = BufferSink()
-            self._reader = ResultReader(self._mesh.bulk, self.id, self._sink)
+            self._reader = ResultReader(self._mesh.bulk, self.id, self._sink, open_part=self._open_part)
         return self._reader
+
+    def _open_part(self, raw: bytes) -> ResultPart:
+        """Return what a site has signed of a running attempt; raises EdifError when it is not of our job."""
+        opened = self._mesh.open(raw, ResultPart)
+        part = opened.message
+        wanted = (self.id, SiteId(opened.identity.name), self._digest or part.order_digest)
+        if (part.job, part.site, part.order_digest) != wanted:
+            raise ManifestError("The part is of another job, site or order.")
+        return part
 
     def order(self) -> Order | None:
         """Return the order as it was signed here, or None when it was signed elsewhere."""

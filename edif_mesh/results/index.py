@@ -81,14 +81,16 @@ class Index:
         return sum(entry.stored_bytes for entry in self.entries if entry.lender == OWN)
 
 
-def unpack_entries(raw: bytes | memoryview) -> list[Entry]:
+def unpack_entries(raw: bytes | bytearray | memoryview) -> list[Entry]:
     """Return the entries in `raw`; raises ManifestError for a length, size or form that cannot be."""
     if len(raw) % ENTRY.size or len(raw) > MAX_ENTRIES * ENTRY.size:
         raise ManifestError(f"An index of {len(raw)} bytes cannot be: an entry has {ENTRY.size}.")
     entries = [Entry(*fields) for fields in ENTRY.iter_unpack(raw)]
     for number, entry in enumerate(entries):
         if not (0 < entry.plain_bytes <= CHUNK_BYTES and 0 < entry.stored_bytes <= MAX_STORED_BYTES):
-            raise ManifestError(f"The index gives chunk {number} {entry.plain_bytes} bytes; at most {CHUNK_BYTES} can be.")
+            raise ManifestError(
+                f"The index gives chunk {number} {entry.plain_bytes} bytes; at most {CHUNK_BYTES} can be."
+            )
     return entries
 
 

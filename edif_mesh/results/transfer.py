@@ -1,45 +1,109 @@
 """Writes a result to the broker in chunks while it is still being produced (the site's side).
 
-Each chunk is one durable message on a subject of its own that can be written only once, so repeating is harmless. The
-digests of all chunks travel as the chunks `index`, `index-1`, ...; a result of one chunk needs none, since its only
-digest follows from the chunk itself.
+Each chunk is one durable message on a subject of its own that can be written only once, so repeating is harmless. What is
+durable is announced on the way (`ResultPart`), so that a reader can check chunks before there is a manifest. A long index
+travels as the chunks `index`, `index-1`, ...
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from edif_mesh.domain.ids import AttemptNumber, JobId
 from edif_mesh.errors import ChunkError, ResultError
-from edif_mesh.results.manifest import MAX_CHUNK_BYTES, ManifestParts, root_of
+from edif_mesh.results.chunks import AS_IS
+from edif_mesh.results.index import CHUNK_BYTES, OWN, Entry, Index
+from edif_mesh.results.manifest import ENTRIES_IN_MANIFEST, ManifestParts
 from edif_mesh.transport.ports import Bulk
 from edif_mesh.wire import subjects
+from edif_mesh.wire.messages import Lender
 
-CHUNK_BYTES = 960 << 10
-"""Every chunk costs the broker one flush to disk: nearly as large as its `max_payload` of 1 MiB allows."""
 WINDOW_BYTES = 32 << 20
 """Sent and not yet acknowledged; it decides the speed of a wide-area link, and is the writer's memory."""
-_INLINE_HASH_BYTES = 64 << 10
+PART_CHUNKS = 16
+"""At least so often what is durable is announced."""
+_INLINE_BYTES = 64 << 10
 _REPEAT_MS = 60_000
+
+Pieces = tuple[bytes | memoryview, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A chunk in the form in which it travels; nothing to store when a lender has it."""
+
+    entry: Entry
+    stored: Pieces
+
+
+class Form(Protocol):
+    """Makes chunks of pieces of an archive. `make` is called in threads, for several chunks at once."""
+
+    def make(self, number: int, plain: Sequence[memoryview], element: int) -> Made:
+        """Return the chunk; `element` is the size in bytes of one number inside, 0 when it is not known."""
+
+    def stored(self, made: Made, seconds: float) -> None:
+        """The broker has the chunk, `seconds` after it was given to it."""
+
+    @property
+    def lenders(self) -> tuple[Lender, ...]:
+        """The attempts whose chunks were used again, as the manifest lists them."""
+
+    @property
+    def sealed_key(self) -> str:
+        """As in the manifest."""
+
+
+class AsIs:
+    """Chunks travel as they are."""
+
+    lenders: tuple[Lender, ...] = ()
+    sealed_key = ""
+
+    def make(self, number: int, plain: Sequence[memoryview], element: int) -> Made:
+        """Hash the pieces; nothing is copied."""
+        size = sum(len(piece) for piece in plain)
+        return Made(Entry(size, size, AS_IS, 0, OWN, number, sha256(plain)), tuple(plain))
+
+    def stored(self, made: Made, seconds: float) -> None:
+        """Nothing is learnt from it."""
+
+
+Announce = Callable[[int, Sequence[Entry]], bytes]
+"""Returns the signed `ResultPart` of these entries, whose first has that number."""
 
 
 class ResultWriter:
     """One attempt's archive on its way to the broker. Not for several tasks at once."""
 
-    def __init__(self, bulk: Bulk, job: JobId, attempt: AttemptNumber, *, chunk_bytes: int = CHUNK_BYTES) -> None:
-        if not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
-            raise ValueError(f"chunk_bytes must be between 1 and {MAX_CHUNK_BYTES}")
+    def __init__(
+        self,
+        bulk: Bulk,
+        job: JobId,
+        attempt: AttemptNumber,
+        *,
+        form: Form | None = None,
+        announce: Announce | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        if not 0 < chunk_bytes <= CHUNK_BYTES:
+            raise ValueError(f"chunk_bytes must be between 1 and {CHUNK_BYTES}")
         self._bulk, self._job, self._attempt, self._chunk_bytes = bulk, job, attempt, chunk_bytes
+        self._form: Form = form or AsIs()
+        self._announce = announce
         self._pieces: list[memoryview] = []
-        self._filled = 0
-        self._total = 0
+        self._filled = self._element = 0
         self._window = asyncio.Semaphore(max(2, WINDOW_BYTES // chunk_bytes))
-        self._hashes: list[asyncio.Task[bytes]] = []
+        self._chunks = 0
+        self._made: dict[int, Entry] = {}
         self._stores: set[asyncio.Task[None]] = set()
+        self._durable = self._announced = self._wanted = self._parts = 0
+        self._done: set[int] = set()
+        self._announcing: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._ended = False
 
@@ -55,7 +119,6 @@ class ResultWriter:
         view = memoryview(data)
         if not view.readonly:
             view = memoryview(bytes(view))
-        self._total += len(view)
         while len(view):
             piece = view[: self._chunk_bytes - self._filled]
             view = view[len(piece) :]
@@ -64,25 +127,39 @@ class ResultWriter:
             if self._filled == self._chunk_bytes:
                 await self._send_chunk()
 
-    async def finish(self) -> ManifestParts:
-        """Store the rest and the index, wait until all is durable, and return what the manifest says; as `feed`."""
+    async def cut(self, element: int = 0) -> None:
+        """End the chunk here, so that a reader gets all there is; numbers of `element` bytes follow. As `feed`."""
         self._check()
         if self._filled:
             await self._send_chunk()
-        digests = [await task for task in self._hashes]
-        if len(digests) > 1:
-            for name, part in index_parts(digests, self._chunk_bytes):
-                await self._start(self._store(name, [part], hashlib.sha256(part).digest()))
+        self._element = element
+        self._wanted = self._chunks
+        self._tell()
+
+    async def finish(self) -> ManifestParts:
+        """Store the rest and the index, wait until all is durable, and return what the manifest says; as `feed`."""
+        self._check()
+        self._announce = None
+        if self._filled:
+            await self._send_chunk()
+        await self._settle()
+        index = Index([self._made[number] for number in range(self._chunks)])
+        if self._chunks > ENTRIES_IN_MANIFEST:
+            for name, part in index_parts(index.pack()):
+                await self._start(self._store(name, (part,), hashlib.sha256(part).digest()))
+            await self._settle()
+        self._ended = True
+        return ManifestParts(index, self._form.lenders, self._form.sealed_key)
+
+    async def _settle(self) -> None:
         while self._stores:
             await asyncio.wait(self._stores)
         self._check()
-        self._ended = True
-        return ManifestParts(self._total, self._chunk_bytes, len(digests), root_of(digests))
 
     def abort(self) -> None:
         """Stop sending; what was stored stays until it is purged or expires. Idempotent."""
         self._ended = True
-        for task in (*self._stores, *self._hashes):
+        for task in self._stores:
             task.cancel()
 
     def _check(self) -> None:
@@ -93,15 +170,25 @@ class ResultWriter:
             raise ResultError("The result was already finished or given up.")
 
     async def _send_chunk(self) -> None:
-        pieces, self._pieces, self._filled = self._pieces, [], 0
-        number = len(self._hashes)
-        hashing = asyncio.ensure_future(_digest(pieces))
-        self._hashes.append(hashing)
+        pieces, self._pieces, size, self._filled = self._pieces, [], self._filled, 0
+        number, self._chunks = self._chunks, self._chunks + 1
+        await self._start(self._send(number, pieces, size, self._element))
 
-        async def store() -> None:
-            await self._store(number, pieces, await hashing)
-
-        await self._start(store())
+    async def _send(self, number: int, pieces: list[memoryview], size: int, element: int) -> None:
+        if size <= _INLINE_BYTES:
+            made = self._form.make(number, pieces, element)
+        else:
+            made = await asyncio.to_thread(self._form.make, number, pieces, element)
+        self._made[number] = made.entry
+        if made.stored:
+            began = asyncio.get_running_loop().time()
+            await self._store(number, made.stored, made.entry.digest)
+            self._form.stored(made, asyncio.get_running_loop().time() - began)
+        self._done.add(number)
+        while self._durable in self._done:
+            self._done.discard(self._durable)
+            self._durable += 1
+        self._tell()
 
     async def _start(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -119,71 +206,58 @@ class ResultWriter:
         if not task.cancelled() and (error := task.exception()) is not None and self._failure is None:
             self._failure = error
 
-    async def _store(self, name: int | str, pieces: Sequence[bytes | memoryview], digest: bytes) -> None:
+    async def _store(self, name: int | str, pieces: Pieces, digest: bytes) -> None:
         await store_chunk(self._bulk, subjects.result_chunk(self._job, self._attempt, name), pieces, digest)
 
+    # --------------------------------------------------------------------------------------------------- announcing
 
-async def store_chunk(
-    bulk: Bulk, subject: str, pieces: Sequence[bytes | memoryview], digest: bytes, stream: str = subjects.RESULTS_STREAM
-) -> None:
+    def _tell(self) -> None:
+        """Announce what is durable, one part at a time, when a value ends in it or enough has come together."""
+        ready = min(self._wanted, self._durable)
+        if self._durable - self._announced >= PART_CHUNKS:
+            ready = self._durable
+        if self._announce is None or self._announcing is not None or ready <= self._announced:
+            return
+        first, self._announced = self._announced, ready
+        part = self._announce(first, [self._made[number] for number in range(first, ready)])
+        name, self._parts = f"part-{self._parts}", self._parts + 1
+        self._announcing = asyncio.create_task(self._store(name, (part,), hashlib.sha256(part).digest()))
+        self._stores.add(self._announcing)
+        self._announcing.add_done_callback(self._told)
+
+    def _told(self, task: asyncio.Task[None]) -> None:
+        self._announcing = None
+        self._stores.discard(task)
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            self._failure = self._failure or error
+            return
+        self._tell()
+
+
+async def store_chunk(bulk: Bulk, subject: str, pieces: Pieces, digest: bytes) -> None:
     """Store one write-once chunk; it being there already, with the same bytes, is success.
 
     Raises StoreFullError, NoReplyError, NotConnectedError, and ChunkError when other bytes are there.
     """
     if await bulk.store(subject, pieces, message_id=f"{subject}:{digest.hex()}", timeout_ms=_REPEAT_MS):
         return
-    there = await bulk.get(stream, subject)
+    there = await bulk.get(subjects.RESULTS_STREAM, subject)
     if there is None or hashlib.sha256(there.data).digest() != digest:
         raise ChunkError(f"{subject} already holds other bytes; chunks are never overwritten.")
 
 
-async def restore_result(
-    bulk: Bulk, job: JobId, attempt: AttemptNumber, parts: ManifestParts, archive: Path
-) -> list[int | str]:
-    """Store again, from the site's own copy, the chunks that a wiped broker has lost; returns their names.
-
-    Raises ChunkError when `archive` is not the file that `parts` describes, and as `ResultWriter.feed`.
-    """
-    there = await bulk.names(subjects.RESULTS_STREAM, subjects.result_chunks(job, attempt))
-    digests: list[bytes] = []
-    restored: list[int | str] = []
-    with archive.open("rb") as file:
-        while data := await asyncio.to_thread(file.read, parts.chunk_bytes):
-            digests.append(await _digest([memoryview(data)]))
-    if root_of(digests) != parts.root:
-        raise ChunkError(f"{archive} is not the result that its manifest describes; nothing was sent.")
-    with archive.open("rb") as file:
-        for number, digest in enumerate(digests):
-            data = await asyncio.to_thread(file.read, parts.chunk_bytes)
-            subject = subjects.result_chunk(job, attempt, number)
-            if subject not in there:
-                await store_chunk(bulk, subject, [data], digest)
-                restored.append(number)
-    for name, part in index_parts(digests, parts.chunk_bytes) if len(digests) > 1 else ():
-        subject = subjects.result_chunk(job, attempt, name)
-        if subject not in there:
-            await store_chunk(bulk, subject, [part], hashlib.sha256(part).digest())
-            restored.append(name)
-    return restored
-
-
-def index_parts(digests: Sequence[bytes], chunk_bytes: int) -> list[tuple[str, bytes]]:
-    """Return the index's chunks: (name, concatenated raw digests), `index` first, then `index-1`, ..."""
-    each = max(1, chunk_bytes // 32)
+def index_parts(raw: bytes) -> list[tuple[str, bytes]]:
+    """Return a packed index's chunks: (name, bytes), `index` first, then `index-1`, ..."""
     return [
-        ("index" if start == 0 else f"index-{start // each}", b"".join(digests[start : start + each]))
-        for start in range(0, len(digests), each)
+        ("index" if start == 0 else f"index-{start // CHUNK_BYTES}", raw[start : start + CHUNK_BYTES])
+        for start in range(0, len(raw), CHUNK_BYTES)
     ]
 
 
-async def _digest(pieces: Sequence[memoryview]) -> bytes:
-    """Hash beside the event loop, unless that costs more than it saves."""
-    if sum(len(piece) for piece in pieces) <= _INLINE_HASH_BYTES:
-        return _sha256(pieces)
-    return await asyncio.to_thread(_sha256, pieces)
-
-
-def _sha256(pieces: Sequence[memoryview]) -> bytes:
+def sha256(pieces: Sequence[bytes | memoryview]) -> bytes:
+    """Return the digest of the joined pieces."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)

@@ -6,83 +6,92 @@ import hashlib
 import json
 import mmap
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-from edif_mesh.errors import StoreFullError
-from edif_mesh.results.manifest import chunk_size
-from edif_mesh.wire.messages import Manifest
-
-_MAP_FROM_BYTES = 4 << 20
+from edif_mesh.domain.ids import AttemptNumber, JobId
+from edif_mesh.errors import ManifestError, StoreFullError
+from edif_mesh.results.index import CHUNK_BYTES, Entry, unpack_entries
 
 
 class Sink(Protocol):
-    """Takes chunks in any order; called from one thread at a time."""
+    """Takes chunks in any order, each once it was checked; called from one thread at a time."""
 
     in_memory: bool
     """Whether no call waits for a disk."""
 
-    def begin(self, manifest: Manifest) -> dict[int, bytes]:
-        """Make room, and return the SHA-256 of every chunk that is already there, by number."""
+    def begin(self, job: JobId, attempt: AttemptNumber) -> dict[int, Entry]:
+        """Make ready for this attempt's archive; return what of it is there already, by number.
 
-    def place(self, number: int, data: memoryview, digest: bytes) -> None:
-        """Put one chunk where it belongs."""
+        The bytes of these were proven to be those that came for the entry; whether the entry is the result's is the
+        caller's to say.
+        """
 
-    def forget(self) -> None:
-        """Distrust everything that is there."""
+    def place(self, number: int, start: int, entry: Entry, data: memoryview) -> None:
+        """Put one chunk at its offset in the archive."""
 
-    def finish(self) -> None:
-        """All is there and verified."""
+    def read(self, start: int, size: int) -> bytes:
+        """Return bytes that were placed before."""
+
+    def finish(self, archive_bytes: int) -> None:
+        """All is there."""
 
     def close(self) -> None:
         """Stop, keeping what is there; idempotent."""
 
 
 class BufferSink:
-    """One preallocated buffer; `data` is the archive once the read has returned."""
+    """Memory that grows with what comes; `data` is the archive once the read has returned."""
 
     in_memory = True
 
     def __init__(self) -> None:
         self.data = memoryview(b"")
-        self._chunk_bytes = 0
+        self._file = -1
 
-    def begin(self, manifest: Manifest) -> dict[int, bytes]:
-        """Allocate the whole archive."""
-        self.data, self._chunk_bytes = _zeroed(manifest.archive_bytes), manifest.chunk_bytes
+    def begin(self, job: JobId, attempt: AttemptNumber) -> dict[int, Entry]:
+        """Begin with nothing."""
+        self.close()
+        self._file = _anonymous_file()
         return {}
 
-    def place(self, number: int, data: memoryview, digest: bytes) -> None:
+    def place(self, number: int, start: int, entry: Entry, data: memoryview) -> None:
         """Copy one chunk to its place."""
-        start = number * self._chunk_bytes
-        self.data[start : start + len(data)] = data
+        _write(self._file, start, data)
 
-    def forget(self) -> None:
-        """Nothing to do: a failed read's buffer is not used."""
+    def read(self, start: int, size: int) -> bytes:
+        """Return bytes that were placed before."""
+        return os.pread(self._file, size, start)
 
-    def finish(self) -> None:
-        """Nothing to do."""
+    def finish(self, archive_bytes: int) -> None:
+        """Let `data` be the archive; its memory is given back with the last view of it."""
+        os.ftruncate(self._file, archive_bytes)
+        self.data = memoryview(mmap.mmap(self._file, archive_bytes))
+        self.close()
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Give back what is not in `data`; idempotent."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
-def _zeroed(size: int) -> memoryview:
-    """Return a writable buffer; a large one is mapped, so that its pages are touched once, when they are filled."""
-    if size < _MAP_FROM_BYTES:
-        return memoryview(bytearray(size))
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(pages)
+def _anonymous_file() -> int:
+    """Return a file that lives in memory where the system has such, else in the folder for temporary files."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("edif-result", os.MFD_CLOEXEC)
+    file, name = tempfile.mkstemp(prefix="edif-result-")
+    os.unlink(name)
+    return file
 
 
 class FileSink:
     """A file that appears under its name only when complete; until then `NAME.part`, and `NAME.part.have` beside it.
 
-    The second holds a line for each chunk that is there. It is only believed after the bytes were hashed again.
+    The second holds a line for each chunk that is there: number, offset, index entry, SHA-256 of the bytes in the file. It is
+    only believed after the bytes were hashed again.
     """
 
     in_memory = False
@@ -91,49 +100,45 @@ class FileSink:
         self.path = path
         self._part = path.with_name(path.name + ".part")
         self._have = path.with_name(path.name + ".part.have")
-        self._file: IO[bytes] | None = None
+        self._file = -1
         self._list: IO[str] | None = None
-        self._chunk_bytes = 0
 
-    def begin(self, manifest: Manifest) -> dict[int, bytes]:
-        """Open the partial file and return what of it is this very result; raises StoreFullError."""
-        head = {"root": manifest.root, "archive_bytes": manifest.archive_bytes, "chunk_bytes": manifest.chunk_bytes}
-        self._chunk_bytes = manifest.chunk_bytes
-        there = self._look(head, manifest)
+    def begin(self, job: JobId, attempt: AttemptNumber) -> dict[int, Entry]:
+        """Open the partial file and return what of it is of this attempt; raises StoreFullError."""
+        self.close()
+        head = {"job": job, "attempt": attempt}
+        there = self._look(head)
         try:
-            self._file = self._part.open("r+b" if there else "wb", buffering=0)
+            self._file = os.open(
+                self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if there else os.O_TRUNC), 0o600
+            )
             self._list = self._have.open("w")
+            self._list.write(json.dumps(head) + "\n")
+            self._list.writelines(line + "\n" for _, line in there.values())
+            self._list.flush()
         except OSError as error:
             raise StoreFullError(f"{self._part} cannot be written: {error.strerror}.") from error
-        self._list.write(json.dumps(head) + "\n")
-        for number, digest in there.items():
-            self._list.write(f"{number} {digest.hex()}\n")
-        self._list.flush()
-        return there
+        return {number: entry for number, (entry, _) in there.items()}
 
-    def place(self, number: int, data: memoryview, digest: bytes) -> None:
+    def place(self, number: int, start: int, entry: Entry, data: memoryview) -> None:
         """Write one chunk and then note that it is there; raises StoreFullError when the disk is full."""
-        assert self._file is not None
         assert self._list is not None
         try:
-            start = number * self._chunk_bytes
-            while len(data):
-                written = os.pwrite(self._file.fileno(), data, start)
-                start, data = start + written, data[written:]
-            self._list.write(f"{number} {digest.hex()}\n")
+            _write(self._file, start, data)
+            there = hashlib.sha256(data).digest() if entry.form else entry.digest
+            self._list.write(f"{number} {start} {entry.pack().hex()} {there.hex()}\n")
         except OSError as error:
             raise StoreFullError(f"{self._part} cannot be written: {error.strerror}.") from error
 
-    def forget(self) -> None:
-        """Begin with nothing next time."""
-        self.close()
-        self._have.unlink(missing_ok=True)
+    def read(self, start: int, size: int) -> bytes:
+        """Return bytes that were placed before."""
+        return os.pread(self._file, size, start)
 
-    def finish(self) -> None:
+    def finish(self, archive_bytes: int) -> None:
         """Make it durable and give it its name; raises StoreFullError."""
-        assert self._file is not None
         try:
-            os.fsync(self._file.fileno())
+            os.ftruncate(self._file, archive_bytes)
+            os.fsync(self._file)
             self.close()
             self._part.replace(self.path)
         except OSError as error:
@@ -142,27 +147,38 @@ class FileSink:
 
     def close(self) -> None:
         """Stop, keeping what is there; idempotent."""
-        for file in (self._file, self._list):
-            if file is not None:
-                file.close()
-        self._file = self._list = None
+        if self._list is not None:
+            with suppress(OSError):
+                self._list.close()
+            self._list = None
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
-    def _look(self, head: dict[str, object], manifest: Manifest) -> dict[int, bytes]:
+    def _look(self, head: dict[str, object]) -> dict[int, tuple[Entry, str]]:
+        there: dict[int, tuple[Entry, str]] = {}
         try:
             first, *lines = self._have.read_text().splitlines()
             if json.loads(first) != head:
                 return {}
-            claimed = {int(number): bytes.fromhex(digest) for number, digest in (line.split() for line in lines)}
             file = self._part.open("rb")
         except (OSError, ValueError):
             return {}
-        there: dict[int, bytes] = {}
         with file:
-            for number, digest in claimed.items():
-                if not 0 <= number < manifest.chunks:
+            for line in lines:
+                try:
+                    number, start, entry_hex, digest = line.split()
+                    (entry,) = unpack_entries(bytes.fromhex(entry_hex))
+                    file.seek(int(start))
+                    data = file.read(min(entry.plain_bytes, CHUNK_BYTES))
+                    if hashlib.sha256(data).hexdigest() == digest:
+                        there[int(number)] = (entry, line)
+                except (ValueError, OverflowError, ManifestError):  # the line that a crash has torn
                     continue
-                file.seek(number * manifest.chunk_bytes)
-                data = file.read(chunk_size(manifest, number))
-                if hashlib.sha256(data).digest() == digest:
-                    there[number] = digest
         return there
+
+
+def _write(file: int, start: int, data: memoryview) -> None:
+    while len(data):
+        written = os.pwrite(file, data, start)
+        start, data = start + written, data[written:]

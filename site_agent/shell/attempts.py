@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,11 @@ from edif_mesh.domain.ids import SiteId
 from edif_mesh.domain.job import Failure, Limits
 from edif_mesh.errors import ChunkError, EdifError, RunnerError, StoreFullError
 from edif_mesh.identity.keys import PrivateKey
-from edif_mesh.results.manifest import ManifestParts, build_manifest
-from edif_mesh.results.transfer import CHUNK_BYTES
+from edif_mesh.results.index import CHUNK_BYTES, Entry, Index
+from edif_mesh.results.manifest import ManifestParts, build_manifest, packed
 from edif_mesh.transport.ports import Streams
 from edif_mesh.wire.envelope import seal
-from edif_mesh.wire.messages import Order
+from edif_mesh.wire.messages import Order, ResultPart
 from site_agent.core.blame import blame_of
 from site_agent.core.events import (
     AttemptComputed,
@@ -229,7 +229,7 @@ class AttemptTask:
                         self._logs.add(text)
                     case ResultOpened():
                         self._upload = asyncio.create_task(
-                            self._with.cargo.store(key, self._spool), name=f"up {key[0]}"
+                            self._with.cargo.store(key, self._spool, announce=self._part), name=f"up {key[0]}"
                         )
                     case ResultChunk(data):
                         await self._spool.put(data)
@@ -268,6 +268,20 @@ class AttemptTask:
             held.order, held.digest, held.attempt, self._with.site, parts, receipt=receipt, now_ms=now_ms
         )
         return seal(manifest, self._with.key)
+
+    def _part(self, first: int, entries: Sequence[Entry]) -> bytes:
+        """Say which chunks are durable, while the job still runs."""
+        held = self._held
+        part = ResultPart(
+            order_digest=held.digest,
+            job=held.job,
+            attempt=held.attempt,
+            site=self._with.site,
+            first=first,
+            entries=packed(Index(entries)),
+            issued_at_ms=read_clocks().wall_ms,
+        )
+        return seal(part, self._with.key).encode()
 
     def _receipt(self) -> Receipt | None:
         """What the attempt has used; None when no runner had its payload."""

@@ -10,11 +10,11 @@ from edif_mesh.domain.ids import JobId
 from edif_mesh.errors import NoReplyError, NotConnectedError
 from edif_mesh.results.manifest import ManifestParts
 from edif_mesh.results.payloads import get_payload
-from edif_mesh.results.transfer import ResultWriter
+from edif_mesh.results.transfer import Announce, Form, ResultWriter
 from edif_mesh.transport.ports import Arrived, Bulk, Streams
 from edif_mesh.wire.messages import PayloadRef
 from site_agent.core.state import AttemptKey
-from site_agent.shell.spool import Spool
+from site_agent.shell.spool import Cut, Spool
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,18 @@ class Cargo:
                 log.info("payload waits", extra={"job": job, "text": str(error)})
                 await asyncio.sleep(_RETRY_S)
 
-    async def store(self, key: AttemptKey, spool: Spool) -> ManifestParts:
+    async def store(
+        self, key: AttemptKey, spool: Spool, *, form: Form | None = None, announce: Announce | None = None
+    ) -> ManifestParts:
         """Store everything that `spool` yields; waits for the broker. Raises StoreFullError, ChunkError."""
-        writer = ResultWriter(self._bulk, key[0], key[1])
+        writer = ResultWriter(self._bulk, key[0], key[1], form=form, announce=announce)
         try:
-            while (chunk := await spool.get()) is not None:
-                # Nobody else holds the chunk, so it need not be copied.
-                await writer.feed(memoryview(chunk).toreadonly())
+            while (item := await spool.get()) is not None:
+                if isinstance(item, Cut):
+                    await writer.cut(item.element)
+                else:
+                    # Nobody else holds the chunk, so it need not be copied.
+                    await writer.feed(memoryview(item).toreadonly())
             return await writer.finish()
         finally:
             writer.abort()

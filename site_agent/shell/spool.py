@@ -7,11 +7,25 @@ import os
 import tempfile
 import threading
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 from edif_mesh.errors import StoreFullError
 
-MEMORY_BYTES = 256 << 20
+MEMORY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A chunk ends here; numbers of `element` bytes follow (0: unknown)."""
+
+    element: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDisk:
+    offset: int
+    size: int
 
 
 class Spool:
@@ -19,8 +33,7 @@ class Spool:
 
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self._folder, self._room = folder, memory_bytes
-        self._memory: deque[bytes | bytearray] = deque()
-        self._on_disk: deque[tuple[int, int]] = deque()
+        self._items: deque[bytes | bytearray | _OnDisk | Cut] = deque()
         self._file = -1
         self._written = 0
         self._more = asyncio.Event()
@@ -30,11 +43,16 @@ class Spool:
 
     async def put(self, chunk: bytes | bytearray) -> None:
         """Add a chunk. Raises StoreFullError when neither memory nor the disk has room."""
-        if self._on_disk or len(chunk) > self._room:
+        if len(chunk) > self._room:
             await asyncio.to_thread(self._write, chunk)
         else:
             self._room -= len(chunk)
-            self._memory.append(chunk)
+            self._items.append(chunk)
+        self._more.set()
+
+    def cut(self, element: int) -> None:
+        """Say that a chunk ends here."""
+        self._items.append(Cut(element))
         self._more.set()
 
     def end(self) -> None:
@@ -42,16 +60,16 @@ class Spool:
         self._ended = True
         self._more.set()
 
-    async def get(self) -> bytes | bytearray | None:
-        """Return the next chunk, or None after the last."""
+    async def get(self) -> bytes | bytearray | Cut | None:
+        """Return the next chunk or cut, or None after the last."""
         while True:
-            if self._memory:
-                chunk = self._memory.popleft()
-                self._room += len(chunk)
-                return chunk
-            if self._on_disk:
-                offset, size = self._on_disk.popleft()
-                return await asyncio.to_thread(self._read, size, offset)
+            if self._items:
+                item = self._items.popleft()
+                if isinstance(item, _OnDisk):
+                    return await asyncio.to_thread(self._read, item.size, item.offset)
+                if not isinstance(item, Cut):
+                    self._room += len(item)
+                return item
             if self._ended:
                 return None
             self._more.clear()
@@ -60,8 +78,7 @@ class Spool:
     def close(self) -> None:
         """Give memory and disk back; idempotent. A thread that still writes gives the disk back when it is done."""
         self._closed = True
-        self._memory.clear()
-        self._on_disk.clear()
+        self._items.clear()
         if self._busy.acquire(blocking=False):
             self._release()
 
@@ -99,5 +116,5 @@ class Spool:
         while view:
             count = os.pwrite(self._file, view, offset)
             view, offset = view[count:], offset + count
-        self._on_disk.append((self._written, len(chunk)))
+        self._items.append(_OnDisk(self._written, len(chunk)))
         self._written += len(chunk)

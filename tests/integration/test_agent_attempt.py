@@ -11,6 +11,7 @@ import pytest_asyncio
 from edif_mesh.domain.attempt import AttemptStatus, Blame
 from edif_mesh.domain.ids import AttemptNumber
 from edif_mesh.domain.job import Limits
+from edif_mesh.results.manifest import check_index, embedded_index
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import envelope_digest, open_envelope
 from edif_mesh.wire.messages import LogLines, Manifest, Order, Received, Refusal, Report
@@ -37,9 +38,14 @@ async def archive_of(coordinator: PlayedCoordinator, order: Order, report: Repor
         stored = await coordinator.link.streams.get(subjects.RESULTS_STREAM, subject)
         assert stored is not None
         chunks.append(stored.data)
-    digests = b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
-    assert manifest.root == hashlib.sha256(digests).hexdigest()
-    assert all(len(chunk) == manifest.chunk_bytes for chunk in chunks[:-1])
+    index = embedded_index(manifest)
+    if index is None:
+        raw = await coordinator.link.streams.get(
+            subjects.RESULTS_STREAM, subjects.result_chunk(order.job, report.attempt, "index")
+        )
+        assert raw is not None
+        index = check_index(manifest, raw.data)
+    assert [entry.digest for entry in index.entries] == [hashlib.sha256(chunk).digest() for chunk in chunks]
     data = b"".join(chunks)
     assert len(data) == manifest.archive_bytes
     return manifest, data

@@ -87,7 +87,7 @@ def a_manifest(site: Site, grant: Grant) -> str:
         attempt=grant.attempt,
         site=site.name,
         archive_bytes=10,
-        chunk_bytes=1 << 20,
+        stored_bytes=10,
         chunks=1,
         root=Digest("1" * 64),
         issued_at_ms=now_ms(),

@@ -1,0 +1,46 @@
+"""What a chunk must be before a byte of it counts."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+from edif_mesh.errors import ChunkError
+from edif_mesh.results.index import Entry
+from edif_mesh.wire.messages import Manifest, ResultPart
+
+AS_IS = 0
+"""The form of a chunk that travels as it is."""
+
+
+class Opener(Protocol):
+    """Turns a chunk as it travels, whose SHA-256 was checked, into its piece of the archive."""
+
+    def open(self, of: Manifest | ResultPart, number: int, entry: Entry, stored: memoryview) -> memoryview:
+        """Return exactly `entry.plain_bytes` bytes; raises ChunkError that names the chunk. Called in threads."""
+
+
+class OpenAsIs:
+    """Chunks that travel as they are."""
+
+    def open(self, of: Manifest | ResultPart, number: int, entry: Entry, stored: memoryview) -> memoryview:
+        """Return the chunk itself."""
+        if entry.form != AS_IS:
+            raise ChunkError(f"Chunk {number} has the unknown form {entry.form}; a newer client is needed.")
+        return stored
+
+
+def checked(opener: Opener, of: Manifest | ResultPart, number: int, entry: Entry, stored: memoryview) -> memoryview:
+    """Return a chunk's piece of the archive; raises ChunkError, naming it, when it is not what the index says."""
+    if len(stored) != entry.stored_bytes:
+        raise ChunkError(
+            f"Chunk {number} has {len(stored)} bytes instead of {entry.stored_bytes}; it was not accepted."
+        )
+    if hashlib.sha256(stored).digest() != entry.digest:
+        raise ChunkError(f"Chunk {number} is altered; nothing of it was accepted.")
+    plain = opener.open(of, number, entry, stored)
+    if len(plain) != entry.plain_bytes:
+        raise ChunkError(
+            f"Chunk {number} opens to {len(plain)} bytes instead of {entry.plain_bytes}; it was not accepted."
+        )
+    return plain

@@ -9,6 +9,7 @@ from edif_mesh.errors import (
     NotFoundError,
     RefusedError,
     ResultError,
+    StoreFullError,
     TransportError,
 )
 
@@ -33,6 +34,7 @@ def exit_code(error: EdifError) -> int:
         (NotFoundError, NOT_FOUND),
         (RefusedError, REFUSED),
         (ResultError, BAD_RESULT),
+        (StoreFullError, FAILED),
         (TransportError, UNREACHABLE),
         (ConfigError, USAGE),
         (JobError, FAILED),

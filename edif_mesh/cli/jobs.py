@@ -151,38 +151,42 @@ def fetch_result(*, job: str, output: Path, json: bool) -> int:
 
 
 async def _fetch(job: str, output: Path, *, quiet: bool) -> tuple[int, list[str]]:
+    """Fetch the archive into a file, which a later call goes on with; then make what was asked for."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+    tensors_only = output.suffix == ".safetensors"
+    archive = output.with_name(f".{output.name}.{job}.edif") if tensors_only else output
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     async with await Mesh.connect(name="cli") as mesh:
         handle = mesh.job(job)
         await handle.status()
         with Progress(*columns, console=err, disable=quiet) as bars:
             bar = bars.add_task("fetching", total=None)
-            data = await handle.archive(
+            size = await handle.fetch_to(
+                archive,
                 on_update=lambda s: bars.update(bar, description=s.status.value.lower()),
                 progress=lambda done, total: bars.update(bar, description="fetching", completed=done, total=total),
             )
+    if not tensors_only:
+        return size, []
     temporary = output.with_name(output.name + ".part")
     try:
-        left_out = _write(data, temporary, tensors_only=output.suffix == ".safetensors")
+        left_out = _to_safetensors(archive, temporary)
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
+        archive.unlink(missing_ok=True)
     return output.stat().st_size, left_out
 
 
-def _write(data: bytes | memoryview, path: Path, *, tensors_only: bool) -> list[str]:
-    if not tensors_only:
-        path.write_bytes(data)
-        return []
+def _to_safetensors(archive: Path, path: Path) -> list[str]:
     from safetensors import SafetensorError
 
     from edif_mesh.results.archive import read
     from edif_mesh.results.export import to_safetensors
 
     try:
-        return to_safetensors(read(data), path)
+        return to_safetensors(read(archive), path)
     except SafetensorError as error:  # the disk: our values are tensors that it can hold
         raise ConfigError(f"{path} could not be written: {error}") from error
 

@@ -31,7 +31,7 @@ from edif_mesh.errors import (
 )
 from edif_mesh.results.manifest import check_manifest, check_sizes
 from edif_mesh.results.transfer_read import ResultReader
-from edif_mesh.results.transfer_sinks import BufferSink
+from edif_mesh.results.transfer_sinks import BufferSink, FileSink, Sink
 from edif_mesh.transport.ports import Incoming, Subscription
 from edif_mesh.wire import subjects
 from edif_mesh.wire.codec import decode_as
@@ -47,6 +47,7 @@ _POLL_S = 2.0
 _ON_ITS_WAY_S, _ASK_AGAIN_S = 5.0, 0.05
 """How long `status` waits for an order that was just sent, and how often it asks."""
 _FETCH_TRIES = 30
+MEMORY_BYTES = 1 << 30
 _INLINE_BYTES = 64 << 10
 """A smaller archive is read faster than a thread is woken."""
 
@@ -63,6 +64,8 @@ class Job:
         self._subscription: Subscription | None = None
         self._last: JobSnapshot | None = None
         self._sink: BufferSink | None = None
+        self.memory_bytes = MEMORY_BYTES
+        """A larger result is mapped from a file instead of being held in memory."""
         self._reader: ResultReader | None = None
         self.printing: LineFollower | None = None
         self.storing: asyncio.Future[None] | None = None
@@ -271,24 +274,38 @@ class Job:
         Raises ChunkError that names what is missing or altered, NotConnectedError when the broker stays away.
         """
         reader = self._result_reader()
-        for left in reversed(range(_FETCH_TRIES)):
-            try:
-                await reader.read(manifest, progress)
-                break
-            except (NoReplyError, NotConnectedError):
-                if left == 0:
-                    raise
-                await asyncio.sleep(0.5)
+        await _read(reader, manifest, progress)
         assert self._sink is not None
         data = self._sink.data
         await self._drop_reader()
         return data
 
+    async def fetch_to(
+        self,
+        path: Path,
+        *,
+        on_update: Callable[[JobSnapshot], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Wait for the end, write the verified archive to `path` and return its size in bytes.
+
+        Until it is complete it lies beside it as `.part`; a later call, also of another process, goes on from there. No more
+        than a few chunks are in memory. Raises as `result`, and StoreFullError when the disk is full.
+        """
+        await self._drop_reader()
+        last = self._last if self._last is not None and self._last.status.terminal else await self.wait(on_update)
+        manifest = self.verified_manifest(last)
+        await _read(self._reader_into(FileSink(path)), manifest, progress)
+        return manifest.archive_bytes
+
     def _result_reader(self) -> ResultReader:
         if self._reader is None:
-            self._sink = BufferSink()
-            self._reader = ResultReader(self._mesh.bulk, self.id, self._sink, open_part=self._open_part)
+            self._sink = BufferSink(self._mesh.config.outbox_dir.parent / "cache", self.memory_bytes)
+            self._reader = self._reader_into(self._sink)
         return self._reader
+
+    def _reader_into(self, sink: Sink) -> ResultReader:
+        return ResultReader(self._mesh.bulk, self.id, sink, open_part=self._open_part)
 
     def _open_part(self, raw: bytes) -> ResultPart:
         """Return what a site has signed of a running attempt; raises EdifError when it is not of our job."""
@@ -303,14 +320,6 @@ class Job:
         """Return the order as it was signed here, or None when it was signed elsewhere."""
         envelope = self._mesh.outbox.order(self.id)
         return decode_as(Order, body_of(envelope)) if envelope is not None else None
-
-    async def fetch_to(self, path: Path, progress: Callable[[int, int], None] | None = None) -> int:
-        """Write the archive to `path` (atomically) and return its size."""
-        data = await self.archive(progress=progress)
-        temporary = path.with_name(path.name + ".part")
-        await asyncio.to_thread(temporary.write_bytes, data)
-        temporary.replace(path)
-        return len(data)
 
     # -------------------------------------------------------------------------------------------------------- inside
 
@@ -391,3 +400,15 @@ def raise_for(snapshot: JobSnapshot) -> None:
 def now_ms() -> int:
     """Return the time, Unix UTC, in ms."""
     return time.time_ns() // 1_000_000
+
+
+async def _read(reader: ResultReader, manifest: Manifest, progress: Callable[[int, int], None] | None) -> None:
+    """Read, and go on while the broker comes and goes; raises as `Job.fetch`."""
+    for left in reversed(range(_FETCH_TRIES)):
+        try:
+            await reader.read(manifest, progress)
+            return
+        except (NoReplyError, NotConnectedError):
+            if left == 0:
+                raise
+            await asyncio.sleep(0.5)

@@ -46,7 +46,9 @@ def create_app(config: ClientConfig, name: str = "gateway") -> Any:
         async with await Mesh.connect(config, name=name) as mesh:
             await mesh.flush_outbox()
             mesh.outbox.prune()
-            results = ResultStore(config.outbox_dir.parent / "gateway-results")
+            results = ResultStore(
+                config.outbox_dir.parent / "gateway-results", mesh.key.sign(b"edif gateway: addresses of results")
+            )
             sessions = Sessions()
             app.state.mesh, app.state.results, app.state.sessions = mesh, results, sessions
             app.state.driver = Driver(mesh, sessions, results)
@@ -111,12 +113,11 @@ async def _response(request: Request, job: str) -> JSONResponse:
 
 
 async def _result(request: Request, job: str, token: str) -> FileResponse:
-    """A result's blob; Range and HEAD are understood, and it can be fetched again."""
-    path = request.app.state.results.find(job, token)
+    """A result's blob; Range and HEAD are understood, and it can be fetched again for as long as the mesh keeps it."""
+    state = request.app.state
+    path = await state.driver.file(JobId(job)) if is_job_id(job) and state.results.opens(job, token) else None
     if path is None:
-        raise HTTPException(
-            404, f"There is no result of {job} here (any more). Type: edif fetch {job} -o FILE.safetensors"
-        )
+        raise HTTPException(404, f"There is no result of {job[:60]} at this address.")
     return _Download(path, media_type="application/octet-stream")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 from edif_mesh.client.job import Job
@@ -19,6 +20,8 @@ from edif_mesh.wire.messages import JobSnapshot
 log = logging.getLogger(__name__)
 
 _THREAD_FROM_BYTES = 256 << 10
+_MEMORY_BYTES = 32 << 20
+"""A larger result lies in a file on its way through the gateway."""
 
 
 class Driver:
@@ -64,18 +67,28 @@ class Driver:
             snapshot = await job.status(patience_s=0)
             if snapshot.status is not JobStatus.SUCCEEDED:
                 return snapshot_frame(snapshot)
-            order = job.order()
-            token = self._results.token(job_id)
-            if token is None:
-                await self._blob(job, snapshot, order is None or order.payload.compressed, keep=True)
-                token = self._results.token(job_id)
+            if self._results.find(job_id) is None:
+                await self._blob(job, snapshot, _compressed(job), keep=True)
         except TransportError:
             return None
         except NotFoundError as error:
             return None if waits else frame(job_id, "ERROR", str(error))
         except EdifError as error:
             return frame(job_id, "ERROR", str(error))
-        return frame(job_id, "COMPLETED", snapshot.text, f"{base_url}/result/{job_id}/{token}", meta_of(snapshot))
+        return frame(job_id, "COMPLETED", snapshot.text, self._url(job_id, base_url), meta_of(snapshot))
+
+    async def file(self, job_id: JobId) -> Path | None:
+        """Return the blob of a job that has succeeded, made again when it is gone from here; raises EdifError."""
+        if self._results.find(job_id) is None:
+            job = self._mesh.job(job_id)
+            snapshot = await job.status(patience_s=0)
+            if snapshot.status is not JobStatus.SUCCEEDED:
+                return None
+            await self._blob(job, snapshot, _compressed(job), keep=True)
+        return self._results.find(job_id)
+
+    def _url(self, job_id: JobId, base_url: str) -> str:
+        return f"{base_url}/result/{job_id}/{self._results.token(job_id)}"
 
     async def _follow(self, job: Job, session: str, compress: bool, base_url: str) -> None:
         """Send the session every new state, and the end. Without a session: until the coordinator has the job."""
@@ -108,8 +121,7 @@ class Driver:
         if blob is not None:
             self._sessions.send(session, binary_frame({**done, "data": blob}))
             return
-        url = f"{base_url}/result/{job.id}/{self._results.token(job.id)}"
-        self._sessions.send(session, text_frame({**done, "data": url}))
+        self._sessions.send(session, text_frame({**done, "data": self._url(job.id, base_url)}))
 
     async def _blob(self, job: Job, snapshot: JobSnapshot, compress: bool, *, keep: bool) -> bytes | None:
         """Fetch, verify, decode and write anew; once, however many ask. None: it is kept on disk."""
@@ -120,6 +132,7 @@ class Driver:
         return await asyncio.shield(self._making[key])
 
     async def _make(self, job: Job, snapshot: JobSnapshot, compress: bool, keep: bool) -> bytes | None:
+        job.memory_bytes = _MEMORY_BYTES
         archive = await job.fetch(job.verified_manifest(snapshot))
         if self._results.is_small(archive) and not keep:
             if len(archive) <= _THREAD_FROM_BYTES:
@@ -127,3 +140,9 @@ class Driver:
             return await asyncio.to_thread(decode, archive, compress)
         await asyncio.to_thread(self._results.keep, job.id, archive, compress)
         return None
+
+
+def _compressed(job: Job) -> bool:
+    """Whether the job's client asked for one zstd frame, as nnsight does by itself."""
+    order = job.order()
+    return order is None or order.payload.compressed

@@ -1,13 +1,16 @@
 """Results for the unmodified client: decoded from the verified archive and written anew as the `torch.save` it loads.
 
 The client unpickles what it downloads, so bytes that came from a site are never forwarded: only values that the strict
-archive reader has rebuilt are written. Blobs are kept on disk for a while, so that a download can be repeated.
+archive reader has rebuilt are written. Blobs are kept on disk for a while, so that a download can be repeated; after that
+they are made again, at the same address, for as long as the mesh keeps the result.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import hmac
 import io
 import os
 import secrets
@@ -16,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edif_mesh.domain.ids import is_job_id
 from edif_mesh.errors import StoreFullError
 from edif_mesh.results.archive import read
 
@@ -25,10 +29,10 @@ INLINE_BYTES = 4 << 20
 
 
 class ResultStore:
-    """Blobs by job id, on disk; each behind an unguessable token."""
+    """Blobs by job id, on disk; each behind a token that nobody guesses and that stays the same."""
 
-    def __init__(self, folder: Path, keep_bytes: int = KEEP_BYTES) -> None:
-        self.folder, self._keep_bytes = folder, keep_bytes
+    def __init__(self, folder: Path, secret: bytes, keep_bytes: int = KEEP_BYTES) -> None:
+        self.folder, self._secret, self._keep_bytes = folder, secret, keep_bytes
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for part in folder.glob("*.part"):
             part.unlink(missing_ok=True)
@@ -37,19 +41,18 @@ class ResultStore:
         """Whether a result may travel inside the last frame, instead of as a download."""
         return len(archive) <= INLINE_BYTES
 
-    def keep(self, job: str, archive: memoryview, compress: bool) -> str:
-        """Write a verified archive's values as a blob and return its token (runs in a thread).
+    def keep(self, job: str, archive: memoryview, compress: bool) -> None:
+        """Write a verified archive's values as a blob (runs in a thread).
 
         Raises ArchiveError, and StoreFullError when this machine's disk is full.
         """
         from edif_mesh.results.torchfile import write_values
 
         values = read(archive)
-        token = secrets.token_urlsafe(16)
-        part = self.folder / f"{job}.{token}.part"
+        part = self.folder / f"{job}.{secrets.token_hex(4)}.part"
         try:
             write_values(values, part, compress=compress)
-            part.replace(self._path(job, token))
+            part.replace(self._path(job))
         except OSError as error:
             part.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -59,18 +62,19 @@ class ResultStore:
                 ) from error
             raise
         self.prune()
-        return token
 
-    def find(self, job: str, token: str) -> Path | None:
+    def find(self, job: str) -> Path | None:
         """Return the blob's file, or None."""
-        if not job.isalnum() or not all(c.isalnum() or c in "-_" for c in token):
-            return None
-        path = self._path(job, token)
-        return path if path.is_file() else None
+        path = self._path(job)
+        return path if is_job_id(job) and path.is_file() else None
 
-    def token(self, job: str) -> str | None:
-        """Return the token of a kept blob, or None."""
-        return next((path.stem.partition(".")[2] for path in self.folder.glob(f"{job}.*.pt")), None)
+    def token(self, job: str) -> str:
+        """Return what must follow the job's id in the address of its blob."""
+        return base64.urlsafe_b64encode(hmac.digest(self._secret, job.encode(), "sha256")[:18]).decode()
+
+    def opens(self, job: str, token: str) -> bool:
+        """Whether `token` is the job's."""
+        return hmac.compare_digest(token.encode(), self.token(job).encode())
 
     def prune(self) -> None:
         """Remove blobs older than a day, and the oldest beyond a bound; they can be made again from the mesh."""
@@ -81,8 +85,8 @@ class ResultStore:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    def _path(self, job: str, token: str) -> Path:
-        return self.folder / f"{job}.{token}.pt"
+    def _path(self, job: str) -> Path:
+        return self.folder / f"{job}.pt"
 
 
 def decode(archive: memoryview, compress: bool) -> bytes:

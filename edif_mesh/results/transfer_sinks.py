@@ -43,23 +43,32 @@ class Sink(Protocol):
 
 
 class BufferSink:
-    """Memory that grows with what comes; `data` is the archive once the read has returned."""
+    """Memory that grows with what comes; `data` is the archive once the read has returned.
 
-    in_memory = True
+    With `spill` a result of more than `memory_bytes` lies in a file without a name in that folder instead, and `data` is a
+    private map of it: its pages come and go as they are used.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, spill: Path | None = None, memory_bytes: int = 1 << 30) -> None:
         self.data = memoryview(b"")
+        self._spill, self._memory_bytes = spill, memory_bytes
         self._file = -1
+        self.in_memory = True
 
     def begin(self, job: JobId, attempt: AttemptNumber) -> dict[int, Entry]:
         """Begin with nothing."""
         self.close()
-        self._file = _anonymous_file()
+        self._file, self.in_memory = _anonymous_file(), True
         return {}
 
     def place(self, number: int, start: int, entry: Entry, data: memoryview) -> None:
-        """Copy one chunk to its place."""
-        _write(self._file, start, data)
+        """Copy one chunk to its place; raises StoreFullError when it is a file and its disk is full."""
+        if self.in_memory and self._spill is not None and start + len(data) > self._memory_bytes:
+            self._to_disk(self._spill)
+        try:
+            _write(self._file, start, data)
+        except OSError as error:
+            raise StoreFullError(f"The result cannot be kept in {self._spill}: {error.strerror}.") from error
 
     def read(self, start: int, size: int) -> bytes:
         """Return bytes that were placed before."""
@@ -68,7 +77,7 @@ class BufferSink:
     def finish(self, archive_bytes: int) -> None:
         """Let `data` be the archive; its memory is given back with the last view of it."""
         os.ftruncate(self._file, archive_bytes)
-        self.data = memoryview(mmap.mmap(self._file, archive_bytes))
+        self.data = memoryview(mmap.mmap(self._file, archive_bytes, flags=mmap.MAP_PRIVATE))
         self.close()
 
     def close(self) -> None:
@@ -76,6 +85,19 @@ class BufferSink:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _to_disk(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file, name = tempfile.mkstemp(dir=folder, prefix="result-")
+            os.unlink(name)
+            size, copied = os.fstat(self._file).st_size, 0
+            while copied < size:
+                copied += os.sendfile(file, self._file, copied, size - copied)
+        except OSError as error:
+            raise StoreFullError(f"The result cannot be kept in {folder}: {error.strerror}.") from error
+        os.close(self._file)
+        self._file, self.in_memory = file, False
 
 
 def _anonymous_file() -> int:

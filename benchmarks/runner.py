@@ -132,20 +132,22 @@ async def one_job(host: Any, payload: bytes) -> tuple[float, Any, int]:
     """Run one payload in a runner; returns the milliseconds to its decoded values, what it found, and its processor time."""
     from edif_mesh.domain.job import Limits
     from edif_mesh.results import archive
-    from site_agent.runner.events import ResultChunk, ResultOpened, RunnerFailed, RunnerSucceeded
+    from site_agent.runner.events import ResultChunk, RunnerFailed, RunnerSucceeded
     from site_agent.runner.supervisor import RunOptions
 
     options = RunOptions(limits=Limits(wall_ms=120_000, memory_bytes=4 << 30, result_bytes=1 << 30))
     began = time.perf_counter()
-    data, taken, found, cpu_ms = memoryview(b""), 0, None, 0
+    pieces: list[Any] = []
+    taken, found, cpu_ms = 0, None, 0
     async for event in (await host.lend()).run(payload, options):
         match event:
-            case ResultOpened(total):
-                data = archive.allocate(total)
             case ResultChunk(piece):
-                data[taken : taken + len(piece)] = piece
-                taken += len(piece)
+                pieces.append(piece)
             case RunnerSucceeded(receipt):
+                data = archive.allocate(sum(map(len, pieces)))
+                for piece in pieces:
+                    data[taken : taken + len(piece)] = piece
+                    taken += len(piece)
                 found, cpu_ms = archive.read(data)["found"], receipt.cpu_ms
             case RunnerFailed(code, text):
                 raise SystemExit(f"The runner failed: {code}: {text}")

@@ -12,7 +12,7 @@ from edif_mesh.results import archive
 from site_agent.hosting.lender import ModelHost
 from site_agent.hosting.process import HostSettings
 from site_agent.hosting.spec import ModelSpec
-from site_agent.runner.events import ResultChunk, ResultOpened, RunnerFailed, RunnerLog, RunnerSucceeded
+from site_agent.runner.events import ResultChunk, ResultCut, RunnerFailed, RunnerLog, RunnerSucceeded
 from site_agent.runner.supervisor import Runner, RunOptions
 from tests import models, traces
 
@@ -26,7 +26,8 @@ class Run:
     end: RunnerSucceeded | RunnerFailed | None = None
     log: str = ""
     data: bytearray = field(default_factory=bytearray)
-    announced: int = 0
+    cuts: list[int] = field(default_factory=list)
+    """Where chunks should end, in bytes of the archive."""
     order: list[str] = field(default_factory=list)
 
     @property
@@ -75,10 +76,10 @@ async def played(runner: Runner, payload: bytes, limits: Limits = LIMITS, **opti
         match event:
             case RunnerLog(text):
                 result.log += text
-            case ResultOpened(total):
-                result.announced = total
             case ResultChunk(data):
                 result.data += data
+            case ResultCut():
+                result.cuts.append(len(result.data))
             case RunnerSucceeded() | RunnerFailed():
                 result.end = event
             case _:

@@ -264,6 +264,42 @@ class Job:
         check_sizes(manifest)
         return manifest
 
+    async def live(self) -> AsyncIterator[tuple[str, Any]]:
+        """Yield (name, value) of each saved tensor as it leaves the running job, until the job ends.
+
+        A part of a saved list or dictionary is called as you would write it: `acts[3]`. The bytes are what the site has signed,
+        but not the last word: the block may still change a value, another attempt may take over. `result` has what counts.
+        Raises as `wait`, ArchiveError for bytes that are none of ours.
+        """
+        from edif_mesh.results.archive import leaf_value
+        from edif_mesh.results.archive_records import RecordReader
+
+        reader, news = self._result_reader(), asyncio.Event()
+        follower, sink = reader.follower, self._sink
+        assert sink is not None
+        follower.on_placed = news.set
+        await reader.follow()
+        follower.catch_up()
+        ending = asyncio.create_task(self.wait())
+        ending.add_done_callback(lambda _: news.set())
+        attempt, records = follower.attempt, RecordReader(sink.read)
+        try:
+            while True:
+                news.clear()
+                if follower.attempt != attempt:
+                    attempt, records = follower.attempt, RecordReader(sink.read)
+                for leaf in records.leaves(follower.prefix_bytes) if follower.placed is not None else ():
+                    yield leaf.name, leaf_value(leaf, [sink.read(start, size) for start, size in leaf.storages])
+                    if follower.attempt != attempt:
+                        break
+                if ending.done():
+                    ending.result()
+                    return
+                await news.wait()
+        finally:
+            follower.on_placed = _nothing
+            ending.cancel()
+
     async def follow_result(self) -> None:
         """Begin to take the result's chunks while the job still runs; `result` then has little left to fetch."""
         await self._result_reader().follow()
@@ -412,3 +448,7 @@ async def _read(reader: ResultReader, manifest: Manifest, progress: Callable[[in
             if left == 0:
                 raise
             await asyncio.sleep(0.5)
+
+
+def _nothing() -> None:
+    """There is nobody to tell."""

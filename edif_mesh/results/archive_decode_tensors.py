@@ -20,6 +20,7 @@ from edif_mesh.results.archive_types import (
     as_int,
     as_list,
 )
+from edif_mesh.results.wire_dtypes import from_wire, wire_dtype_of
 
 _COMPRESSED = {
     "csr": torch.sparse_csr,
@@ -38,7 +39,7 @@ class Tensors:
         self._storages = storages
         self._clean: set[tuple[int, str]] = set()
         self._taken: set[int] = set()
-        self._room = 2 * sum(storage.numel() for storage in storages) + SMALL_BYTES
+        self._room = 8 * sum(storage.numel() for storage in storages) + SMALL_BYTES
 
     def storage(self, number: Any) -> torch.Tensor:
         """Return a storage; raises ArchiveError when there is none of that number."""
@@ -67,7 +68,8 @@ class Tensors:
         return made.requires_grad_() if node.get("g") is True else made
 
     def _strided(self, node: dict[str, Any]) -> torch.Tensor:
-        dtype, storage = DTYPES[str(node["d"])], self.storage(node["s"])
+        own, storage = DTYPES[str(node["d"])], self.storage(node["s"])
+        dtype = wire_dtype_of(node, own) or own
         shape, offset = _shape(node["shape"]), as_int(node["o"], 0, _MOST)
         stride = [as_int(n, 0, _MOST) for n in as_list(node["stride"])]
         if len(shape) != len(stride):
@@ -84,6 +86,9 @@ class Tensors:
                 self._check_bools(node["s"])
             typed = storage[: elements * dtype.itemsize].view(dtype)
             tensor = torch.as_strided(typed, shape, stride, offset)
+        if dtype is not own:
+            self._make_room(amount * max(own.itemsize, 8 if dtype is torch.int8 else 0))
+            return from_wire(tensor, node, own)
         if node["t"] == "tensor":
             return tensor
         conjugate, negative = node.get("j") is True, node.get("n") is True
@@ -110,9 +115,9 @@ class Tensors:
                 raise ArchiveError("A numpy array of text holds what is no character.")
             self._clean.add((number, order))
 
-    def _make_room(self, tensor: torch.Tensor) -> None:
+    def _make_room(self, size: int) -> None:
         """Count what torch is about to copy: a storage may be named by many nodes, and a stride may repeat it."""
-        self._room -= tensor.numel() * tensor.element_size()
+        self._room -= size
         if self._room < 0:
             raise ArchiveError("The archive's tensors would take more memory than it has bytes.")
 
@@ -134,7 +139,7 @@ class Tensors:
         whole, dtype = self._part(node["v"]), QUANTIZED[str(node["d"])]
         if whole.dtype is not dtype:
             raise ArchiveError("A quantized tensor has integers of another kind.")
-        self._make_room(whole)
+        self._make_room(whole.numel() * whole.element_size())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             if "parts" not in node:

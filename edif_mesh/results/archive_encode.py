@@ -40,9 +40,11 @@ _DICTS = {dict: "dict", OrderedDict: "ordered", defaultdict: "defaultdict", Coun
 class Encoder:
     """Builds the tree of one result; `storages` are the raw bytes that its tensors point into."""
 
-    def __init__(self) -> None:
+    def __init__(self, wire_dtype: str = "") -> None:
         self.storages: list[memoryview] = []
-        self._views = Views(lambda data: self.add(lambda: data))
+        self.elements: list[int] = []
+        """Bytes of one number in each storage; 0 where that is not known."""
+        self._views = Views(lambda data, element: self.add(lambda: data, element), wire_dtype)
         self._extent = Extent()
         self._left = MAX_NODES
         self._encoding_bytes = 0
@@ -185,9 +187,10 @@ class Encoder:
             raise UnsupportedValueError(path, "Encoding", hint)
         return self.add(lambda: memoryview(data))
 
-    def add(self, data: Callable[[], memoryview]) -> int:
+    def add(self, data: Callable[[], memoryview], element: int = 0) -> int:
         """Take a storage; return its number."""
         self.storages.append(data())
+        self.elements.append(element)
         return len(self.storages) - 1
 
 
@@ -227,7 +230,7 @@ class Check(Encoder):
         """Leave the tensor where it is."""
         return node
 
-    def add(self, data: Callable[[], memoryview]) -> int:
+    def add(self, data: Callable[[], memoryview], element: int = 0) -> int:
         """Leave the data where they are."""
         return 0
 

@@ -120,4 +120,4 @@ def numpy_node(walk: Walk, value: Any, path: str) -> Node:
         return memoryview(flat) if array.nbytes else memoryview(b"")
 
     name = "ndarray_by_column" if by_column else "ndarray" if is_array else "npscalar"
-    return {"t": name, "d": dtype.str, "shape": list(value.shape), "s": walk.add(data)}
+    return {"t": name, "d": dtype.str, "shape": list(value.shape), "s": walk.add(data, dtype.itemsize)}

@@ -91,7 +91,7 @@ class Walk(Protocol):
         """Encode a part of the value."""
         ...
 
-    def add(self, data: Callable[[], memoryview]) -> int:
+    def add(self, data: Callable[[], memoryview], element: int = 0) -> int:
         """Add a storage, whose bytes are asked for only when they are shipped; return its number."""
         ...
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from edif_mesh.results.archive_types import BARE, MAX_REPEAT, NAMES, SMALL_BYTES
+from edif_mesh.results.wire_dtypes import to_wire
 
 Node = dict[str, Any]
 
@@ -20,8 +21,10 @@ class Views:
     numbers only. Views of two dtypes on one storage are shipped apart.
     """
 
-    def __init__(self, add_storage: Callable[[memoryview], int]) -> None:
-        self._add_storage = add_storage
+    def __init__(self, add_storage: Callable[[memoryview, int], int], wire_dtype: str = "") -> None:
+        """`add_storage(data, bytes of one number)` returns a storage's number."""
+        self._add_storage, self._wire = add_storage, wire_dtype
+        self._short: dict[tuple[Any, ...], tuple[torch.Tensor, Node] | None] = {}
         self._groups: dict[tuple[int, str], list[tuple[torch.Tensor, Node]]] = {}
 
     def add(self, tensor: torch.Tensor, node: Node) -> Node:
@@ -31,8 +34,19 @@ class Views:
             tensor = tensor.view(BARE[tensor.dtype])
         if tensor.device.type != "cpu" or not tensor.numel() or _repeats_too_much(tensor):
             tensor = tensor.cpu().contiguous()
+        if self._wire and (short := self._shortened(tensor)) is not None:
+            tensor = short[0]
+            node.update(short[1])
         self._groups.setdefault((tensor.untyped_storage().data_ptr(), node["d"]), []).append((tensor, node))
         return node
+
+    def _shortened(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Node] | None:
+        """The same view is converted once; what was converted is a tensor of its own."""
+        where = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype
+        key = (*where, tuple(tensor.shape), tensor.stride())
+        if key not in self._short:
+            self._short[key] = to_wire(tensor, self._wire)
+        return self._short[key]
 
     def place(self) -> None:
         """Complete every node, in the order in which storages were first met."""
@@ -46,7 +60,7 @@ class Views:
                     self._alone(tensor, node)
 
     def _share(self, views: list[tuple[torch.Tensor, Node]], low: int, high: int) -> None:
-        number = self._add_storage(_raw(views[0][0], low, high))
+        number = self._add_storage(_raw(views[0][0], low, high), views[0][0].element_size())
         for tensor, node in views:
             offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
             _complete(node, tensor, offset, number)
@@ -55,7 +69,7 @@ class Views:
         dense = tensor if tensor.is_contiguous() else tensor.clone()  # in the order of its strides
         low = dense.storage_offset() * dense.element_size()
         data = _raw(dense, low, low + dense.numel() * dense.element_size()) if dense.numel() else memoryview(b"")
-        _complete(node, dense, 0, self._add_storage(data))
+        _complete(node, dense, 0, self._add_storage(data, dense.element_size()))
 
 
 def _complete(node: Node, tensor: torch.Tensor, offset: int, storage: int) -> None:

@@ -62,6 +62,16 @@ class Follower:
                 subjects.result_chunks(self._job), self._heard, at_most=_LIVE_MESSAGES
             )
 
+    def catch_up(self) -> None:
+        """Take from the first chunk on what was stored before we listened."""
+        if self._following is None:
+            self._following = asyncio.create_task(self._follow_long(), name=f"follow {self._job}")
+
+    @property
+    def prefix_bytes(self) -> int:
+        """How much of the archive lies in the sink without a gap."""
+        return self.starts[self.prefix_chunks]
+
     async def end(self, manifest: Manifest | None) -> dict[int, memoryview]:
         """Stop, once what is on its way has come; return the chunks of the manifest's attempt that no part spoke of."""
         if manifest is not None:
@@ -114,8 +124,8 @@ class Follower:
         elif address.name.startswith("part-") and self._open_part is not None and not self._failed:
             self._parts.append(bytes(data))
         self._news.set()
-        if self._following is None and len(self._held) + len(self._parts) > 1:
-            self._following = asyncio.create_task(self._follow_long(), name=f"follow {self._job}")
+        if len(self._held) + len(self._parts) > 1:
+            self.catch_up()
         self._place_more()
 
     def _begin_attempt(self, attempt: AttemptNumber) -> None:

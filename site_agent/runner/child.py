@@ -24,7 +24,8 @@ from collections.abc import Callable
 from typing import Any
 
 from edif_mesh.errors import SiteError, UnsupportedValueError
-from edif_mesh.results.archive import plan
+from edif_mesh.results.archive import plan, plan_rest
+from edif_mesh.results.archive_sent import Sent
 from site_agent.runner.confine import SandboxSettings, confine
 from site_agent.runner.devices import (
     device_memory_sentence,
@@ -32,12 +33,12 @@ from site_agent.runner.devices import (
     limit_device_memory,
     ran_out_of_device_memory,
 )
+from site_agent.runner.early import EarlySender, FrameSender
 from site_agent.runner.process import take_small_pages
 from site_agent.runner.protocol import (
     HEAD,
     LOG_FRAME_COST_BYTES,
     MAX_JOB_HEAD_BYTES,
-    SIZE,
     JobHead,
     Kind,
     pack,
@@ -117,20 +118,21 @@ def _serve_one(sock: socket.socket, model: Any, warm_payload: bytes | None, addr
     head = JobHead(**json.loads(_receive(sock, length)))
     payload = _receive(sock, head.payload_bytes)
     _set_limits(head, address_space)
-    output = LogWriter(sock, head.log_bytes)
+    frames = FrameSender(sock)
+    output = LogWriter(frames, head.log_bytes)
     sys.stdout = sys.stderr = output
-    sock.sendall(pack(Kind.STARTED))
+    frames.send(pack(Kind.STARTED))
     try:
-        failure = _run(sock, model, head, bytes(payload), output, objects)
+        failure = _run(frames, model, head, bytes(payload), output, objects)
     except MemoryError:
         failure = "out_of_memory", _memory_sentence(head)
     if failure is not None:
         output.close()
         code, text = failure
         text = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT // 2] + "\n[...]\n" + text[-_MAX_TEXT // 2 :]
-        sock.sendall(pack_json(Kind.FAILED, {"code": code, "text": text}))
+        frames.send(pack_json(Kind.FAILED, {"code": code, "text": text}))
     else:
-        sock.sendall(pack(Kind.DONE))
+        frames.send(pack(Kind.DONE))
     sock.recv(1)  # until it is killed: the supervisor reads from the kernel first what was used
 
 
@@ -144,7 +146,7 @@ def _warm_up(payload: bytes | None, model: Any) -> None:
 
 
 def _run(
-    sock: socket.socket, model: Any, head: JobHead, payload: bytes, output: LogWriter, objects: dict[str, Any]
+    frames: FrameSender, model: Any, head: JobHead, payload: bytes, output: LogWriter, objects: dict[str, Any]
 ) -> tuple[str, str] | None:
     """Run the job; returns None after the result was sent, else the failure's code and text."""
     import torch
@@ -175,8 +177,11 @@ def _run(
         raise
     except BaseException as error:
         return "bad_payload", payload_sentence(error)
+    sent = Sent()
+    # A wire dtype is another tensor than the saved one: it is made when the block has ended.
+    early = None if head.wire_dtype else EarlySender(frames, sent, head.result_bytes // 2)
     try:
-        with checked_saves():
+        with checked_saves(early.saved if early is not None else None):
             values = _execute(tracer)
     except MemoryError:
         raise
@@ -188,14 +193,17 @@ def _run(
         if ran_out_of_device_memory(error):
             return "out_of_memory", device_memory_sentence(head.memory_bytes, str(error))
         return "user_error", _user_traceback(error, tracer) + fault_note(error)
-    return _send_result(sock, values, head, output)
+    finally:
+        if early is not None:
+            early.end()
+    return _send_result(frames, sent, values, head, output)
 
 
 def _send_result(
-    sock: socket.socket, values: dict[str, Any], head: JobHead, output: LogWriter
+    frames: FrameSender, sent: Sent, values: dict[str, Any], head: JobHead, output: LogWriter
 ) -> tuple[str, str] | None:
     try:
-        archive = plan(values)
+        archive = plan_rest(values, sent, wire_dtype=head.wire_dtype)
     except MemoryError:
         raise
     except UnsupportedValueError as error:
@@ -213,9 +221,7 @@ def _send_result(
             "Save less (a slice, a mean, one layer), or order a higher result_bytes.",
         )
     output.close()  # a thread that still prints must not speak in the middle of the result
-    sock.sendall(pack(Kind.RESULT, SIZE.pack(archive.total_bytes)))
-    for data in archive.buffers():
-        sock.sendall(data)
+    frames.archive(iter(archive.parts))
     return None
 
 
@@ -333,8 +339,8 @@ def _memory_sentence(head: JobHead, said: str = "") -> str:
 class LogWriter(io.TextIOBase):
     """What `print` writes to: whole lines as LOG frames, prompt at first, in batches when there are many, then cut."""
 
-    def __init__(self, sock: socket.socket, limit_bytes: int) -> None:
-        self._sock, self._left, self._limit = sock, limit_bytes, limit_bytes
+    def __init__(self, frames: FrameSender, limit_bytes: int) -> None:
+        self._frames_out, self._left, self._limit = frames, limit_bytes, limit_bytes
         self._pending: list[str] = []
         self._size = 0
         self._frames = 0
@@ -380,7 +386,7 @@ class LogWriter(io.TextIOBase):
                     f"\n[the output limit of this job, {self._limit:,} bytes, is reached; the rest is not shown. "
                     "Print less, or order a higher log_bytes.]\n"
                 ).encode()
-            self._sock.sendall(pack(Kind.LOG, piece))
+            self._frames_out.send(pack(Kind.LOG, piece))
             self._frames += 1
 
 

@@ -20,17 +20,17 @@ class RunnerLog:
 
 
 @dataclass(frozen=True, slots=True)
-class ResultOpened:
-    """The block has ended; an archive of `total_bytes` follows."""
+class ResultChunk:
+    """The next bytes of the archive, at most `chunk_bytes` of them; the job may still run."""
 
-    total_bytes: int
+    data: bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
-class ResultChunk:
-    """The next bytes of the archive; all chunks but the last have the size that was asked for."""
+class ResultCut:
+    """A chunk should end here; numbers of `element` bytes follow (0: unknown)."""
 
-    data: bytearray
+    element: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,4 +49,4 @@ class RunnerFailed:
     receipt: Receipt
 
 
-RunnerEvent = RunnerStarted | RunnerLog | ResultOpened | ResultChunk | RunnerSucceeded | RunnerFailed
+RunnerEvent = RunnerStarted | RunnerLog | ResultChunk | ResultCut | RunnerSucceeded | RunnerFailed

@@ -1,12 +1,12 @@
 """What travels on the socket between a runner (hostile) and its supervisor in the agent.
 
-A frame is `kind u8, length u32` and that many bytes. `RESULT` alone announces a size (u64) and is followed by exactly
-that many raw bytes. A runner speaks only for the job whose socket it holds: frames carry no identity.
+A frame is `kind u8, length u32` and that many bytes. A runner speaks only for the job whose socket it holds: frames carry no
+identity. The archive leaves in `DATA` frames, some of them while the job still runs.
 
 The whole conversation, as `Conversation` enforces it:
 
     METER READY | FAILED(sandbox)              before a job; the supervisor may then say WARM
-    STARTED  LOG*  ( RESULT bytes DONE | FAILED )     for the one job
+    STARTED  ( LOG | DATA | CUT )*  ( DONE | FAILED )     for the one job
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 from edif_mesh.errors import RunnerError
 
 HEAD = struct.Struct("<BI")
-SIZE = struct.Struct("<Q")
 MAX_FRAME_BYTES = 256 << 10
+MAX_DATA_BYTES = 16 << 20
+"""Of a DATA frame, which is never held whole."""
 MAX_JOB_HEAD_BYTES = 64 << 10
 
 
@@ -35,20 +36,23 @@ class Kind(IntEnum):
     READY = 10
     STARTED = 11
     LOG = 12
-    RESULT = 13
     DONE = 14
-    """Empty; the runner then waits to be killed."""
+    """Empty: the archive is complete; the runner then waits to be killed."""
     FAILED = 15
     """JSON: code, text."""
     METER = 16
     """Empty, the very first frame; its descriptor is the runner's own `/proc/self/smaps_rollup` (see `usage.Meter`)."""
+    DATA = 17
+    """The next bytes of the archive."""
+    CUT = 18
+    """One byte: a chunk should end here; numbers of so many bytes follow (0: unknown)."""
 
 
 LOG_FRAME_COST_BYTES = 64
 """What a LOG frame counts against the log limit besides its text: empty frames are not free."""
 
-FROM_RUNNER = frozenset({Kind.READY, Kind.STARTED, Kind.LOG, Kind.RESULT, Kind.DONE, Kind.FAILED, Kind.METER})
-_LENGTHS = {Kind.METER: 0, Kind.READY: 0, Kind.STARTED: 0, Kind.RESULT: SIZE.size, Kind.DONE: 0}
+FROM_RUNNER = frozenset({Kind.READY, Kind.STARTED, Kind.LOG, Kind.DATA, Kind.CUT, Kind.DONE, Kind.FAILED, Kind.METER})
+_LENGTHS = {Kind.METER: 0, Kind.READY: 0, Kind.STARTED: 0, Kind.CUT: 1, Kind.DONE: 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class JobHead:
     result_bytes: int
     log_bytes: int
     threads: int
+    wire_dtype: str = ""
 
 
 def pack(kind: Kind, data: bytes = b"") -> bytes:
@@ -82,9 +87,13 @@ def check_head(raw: bytes) -> tuple[Kind, int]:
     if number not in FROM_RUNNER:
         raise RunnerError(f"The runner sent a frame of the unknown kind {number}.")
     kind = Kind(number)
-    if length > MAX_FRAME_BYTES or length != _LENGTHS.get(kind, length):
+    if length > (MAX_DATA_BYTES if kind is Kind.DATA else MAX_FRAME_BYTES) or length != _LENGTHS.get(kind, length):
         raise RunnerError(f"The runner sent a {kind.name} frame that claims {length} bytes.")
     return kind, length
+
+
+CUTS_FREE, CUT_COST_BYTES = 1024, 128 << 10
+"""So many cuts are honoured whatever comes, then one for so many bytes: each costs the broker a message."""
 
 
 class Conversation:
@@ -93,7 +102,10 @@ class Conversation:
     def __init__(self, log_bytes: int, result_bytes: int) -> None:
         self._next = frozenset({Kind.STARTED, Kind.FAILED})
         self._log_left = log_bytes + LOG_FRAME_COST_BYTES + 4096
-        self._result_bytes = result_bytes
+        self._most = result_bytes
+        self.data_bytes = 0
+        """Of the archive so far."""
+        self._cuts = 0
 
     def accept(self, kind: Kind, length: int) -> None:
         """Take the head of the next frame."""
@@ -105,17 +117,21 @@ class Conversation:
             self._log_left -= length + LOG_FRAME_COST_BYTES
             if self._log_left < 0:
                 raise RunnerError("The runner printed beyond its limit.")
+        elif kind is Kind.DATA:
+            self.data_bytes += length
+            if length == 0 or self.data_bytes > self._most:
+                raise RunnerError(f"The runner sent a result of {self.data_bytes} bytes; {self._most} are allowed.")
         elif kind is Kind.STARTED:
-            self._next = frozenset({Kind.LOG, Kind.RESULT, Kind.FAILED})
-        else:
-            self._next = frozenset({Kind.DONE} if kind is Kind.RESULT else ())
+            self._next = frozenset({Kind.LOG, Kind.DATA, Kind.CUT, Kind.FAILED})
+        elif kind is not Kind.CUT:
+            self._next = frozenset()
+        if kind is Kind.DATA:
+            self._next |= {Kind.DONE}
 
-    def result_bytes(self, data: bytes) -> int:
-        """Return the size that a RESULT frame announces, within the job's limit."""
-        (total,) = SIZE.unpack(data)
-        if not 0 < total <= self._result_bytes:
-            raise RunnerError(f"The runner announced a result of {total} bytes; {self._result_bytes} are allowed.")
-        return int(total)
+    def cut(self) -> bool:
+        """Take a CUT; whether it is honoured."""
+        self._cuts += 1
+        return self._cuts <= CUTS_FREE + self.data_bytes // CUT_COST_BYTES
 
 
 def parse_failure(data: bytes, codes: frozenset[str]) -> tuple[str, str]:

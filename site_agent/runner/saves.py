@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import linecache
 import os
 import sys
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 from edif_mesh.errors import UnsupportedValueError
@@ -25,8 +26,11 @@ PARTS_OF_A_JOB = 1_000_000
 
 
 @contextlib.contextmanager
-def checked_saves() -> Iterator[None]:
-    """Have `save()` raise UnsupportedValueError, in the code that calls it, for what an archive cannot hold."""
+def checked_saves(saved: Callable[[Any, str], None] | None = None) -> Iterator[None]:
+    """Have `save()` raise UnsupportedValueError, in the code that calls it, for what an archive cannot hold.
+
+    `saved(value, name)` is then told of every saved value, and of the variable that it is stored in.
+    """
     from nnsight.tracing import tracer
 
     mark, left = tracer.mark, PARTS_OF_A_JOB
@@ -39,6 +43,8 @@ def checked_saves() -> Iterator[None]:
             raise _at_the_save(error) from None
         except Exception:  # it cannot even be looked at: the result says so
             pass
+        if saved is not None:
+            saved(value, _name_here() or "value")
         return mark(value)
 
     tracer.mark = checked
@@ -56,7 +62,7 @@ def refusal(error: UnsupportedValueError) -> str:
 def _at_the_save(error: UnsupportedValueError) -> UnsupportedValueError:
     """The same refusal with the name that the value was to get, and the line of the save."""
     frame = _caller()
-    name = _stored_as(frame) if frame is not None else ""
+    name = _stored_as(frame.f_code, frame.f_lasti) if frame is not None else ""
     named = UnsupportedValueError(f"{name or 'value'}{error.path}", error.type_name, error.hint)
     if frame is not None:
         file, line = frame.f_code.co_filename, frame.f_lineno
@@ -78,7 +84,14 @@ def _caller() -> FrameType | None:
     return frame
 
 
-def _stored_as(frame: FrameType) -> str:
-    """The variable that gets what the running call returns, else nothing."""
-    after = next((i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti), None)
+def _name_here() -> str:
+    """The variable that gets what the researcher's running call returns, else nothing."""
+    frame = _caller()
+    return _stored_as(frame.f_code, frame.f_lasti) if frame is not None else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _stored_as(code: CodeType, last: int) -> str:
+    """The variable that gets what the call at instruction `last` returns, else nothing."""
+    after = next((i for i in dis.get_instructions(code) if i.offset > last), None)
     return str(after.argval) if after is not None and after.opname.startswith("STORE_") and after.argval else ""

@@ -21,7 +21,7 @@ from edif_mesh.errors import RunnerError, SandboxError
 from site_agent.runner.device_usage import SLACK_BYTES, DeviceMeter
 from site_agent.runner.events import (
     ResultChunk,
-    ResultOpened,
+    ResultCut,
     RunnerEvent,
     RunnerFailed,
     RunnerLog,
@@ -66,6 +66,8 @@ class RunOptions:
     """Of the payload when decompressed."""
     threads: int = 1
     chunk_bytes: int = 512 << 10
+    wire_dtype: str = ""
+    """As in `ResultOptions`."""
 
 
 class Runner:
@@ -240,6 +242,7 @@ class Runner:
             memory_bytes=limits.memory_bytes,
             cpu_s=cpu_limit_ms(options) // 1000 + 1,
             result_bytes=limits.result_bytes,
+            wire_dtype=options.wire_dtype,
             log_bytes=limits.log_bytes,
             threads=options.threads,
         )
@@ -250,9 +253,15 @@ class Runner:
     async def _events(self, options: RunOptions) -> AsyncIterator[RunnerEvent]:
         talk = Conversation(options.limits.log_bytes, options.limits.result_bytes)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        chunk = _Chunk(options.chunk_bytes)
         while True:
             kind, length = check_head(await self._exactly(HEAD.size))
             talk.accept(kind, length)
+            if kind is Kind.DATA:
+                async for event in self._data(length, chunk):
+                    yield event
+                self._meter.read()
+                continue
             data = await self._exactly(length)
             if kind is Kind.STARTED:
                 yield RunnerStarted()
@@ -260,30 +269,35 @@ class Runner:
                 self._log_bytes += length
                 if text := printable(decoder.decode(data)):
                     yield RunnerLog(text)
-            elif kind is Kind.RESULT:
-                total = self._result_bytes = talk.result_bytes(data)
-                self._meter.read()
-                yield ResultOpened(total)
-                async for event in self._chunks(total, options.chunk_bytes):
-                    yield event
+            elif kind is Kind.CUT:
+                if talk.cut():
+                    if chunk.filled:
+                        yield ResultChunk(chunk.take())
+                    yield ResultCut(data[0])
             else:
+                if kind is Kind.DONE and chunk.filled:
+                    yield ResultChunk(chunk.take())
                 raise _Ended(parse_failure(data, RUNNER_CODES) if kind is Kind.FAILED else None)
 
-    async def _chunks(self, total: int, size: int) -> AsyncIterator[RunnerEvent]:
+    async def _data(self, length: int, chunk: _Chunk) -> AsyncIterator[RunnerEvent]:
+        """Read a DATA frame straight into chunks; yield those that are full."""
         loop = asyncio.get_running_loop()
-        while total > 0:
-            chunk = bytearray(min(size, total))
-            view = memoryview(chunk)
-            filled = min(len(chunk), self._end - self._start)
-            view[:filled] = self._buffer[self._start : self._start + filled]
-            self._start += filled
-            while filled < len(chunk):
-                count = await loop.sock_recv_into(self._sock, view[filled:])
+        self._result_bytes += length
+        while length > 0:
+            room = chunk.room(length)
+            held = min(len(room), self._end - self._start)
+            if held:
+                room[:held] = self._buffer[self._start : self._start + held]
+                self._start += held
+                count = held
+            else:
+                count = await loop.sock_recv_into(self._sock, room)
                 if count == 0:
                     raise EOFError
-                filled += count
-            total -= len(chunk)
-            yield ResultChunk(chunk)
+            length -= count
+            chunk.filled += count
+            if chunk.filled == chunk.size:
+                yield ResultChunk(chunk.take())
 
     async def _take_meter(self) -> None:
         """Take the first frame with its descriptor; a runner that could not open it speaks of something else first."""
@@ -461,6 +475,26 @@ def _cpu_sentence(used_ms: int, limit_ms: int) -> str:
         f"The job used {used_ms / 1000:,.1f} s of processor time over all its threads; its limit is {limit_ms / 1000:,.1f} s, "
         "so it was stopped. Do less in one block, or order a higher cpu_ms."
     )
+
+
+class _Chunk:
+    """The chunk that is being filled."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.filled = size, 0
+        self._data = bytearray(0)
+
+    def room(self, most: int) -> memoryview:
+        """Return where the next bytes go, at most `most`; a new buffer only when there is something to put into it."""
+        if not self.filled:
+            self._data = bytearray(self.size)
+        return memoryview(self._data)[self.filled : self.filled + most]
+
+    def take(self) -> memoryview:
+        """Return what was filled, and begin anew."""
+        data, self._data, filled, self.filled = self._data, bytearray(0), self.filled, 0
+        view = memoryview(data)[:filled]
+        return view if filled > self.size // 2 else memoryview(bytes(view))  # a little does not keep a whole buffer
 
 
 class _Ended(Exception):

@@ -32,7 +32,7 @@ from site_agent.core.events import (
 from site_agent.core.state import AttemptKey, Held
 from site_agent.runner.events import (
     ResultChunk,
-    ResultOpened,
+    ResultCut,
     RunnerFailed,
     RunnerLog,
     RunnerStarted,
@@ -227,12 +227,11 @@ class AttemptTask:
                         await self._with.tell(AttemptStarted(key))
                     case RunnerLog(text):
                         self._logs.add(text)
-                    case ResultOpened():
-                        self._upload = asyncio.create_task(
-                            self._with.cargo.store(key, self._spool, announce=self._part), name=f"up {key[0]}"
-                        )
                     case ResultChunk(data):
+                        self._begin_upload()
                         await self._spool.put(data)
+                    case ResultCut(element):
+                        self._spool.cut(element)
                     case RunnerFailed("runner_crashed") if may_be_dead and not started:
                         raise _NeverStartedError
                     case RunnerFailed(code, text, receipt):
@@ -243,6 +242,12 @@ class AttemptTask:
                         self._spool.end()
                         return receipt
         return None
+
+    def _begin_upload(self) -> None:
+        if self._upload is None:
+            key = self._held.key
+            storing = self._with.cargo.store(key, self._spool, announce=self._part)
+            self._upload = asyncio.create_task(storing, name=f"up {key[0]}")
 
     def _options(self) -> RunOptions:
         order, site = self._held.order, self._with.limits
@@ -260,6 +265,7 @@ class AttemptTask:
             max_payload_bytes=_most_payload(order),
             threads=self._with.threads,
             chunk_bytes=CHUNK_BYTES,
+            wire_dtype=order.results.wire_dtype,
         )
 
     def _manifest(self, parts: ManifestParts, receipt: Receipt) -> str:

@@ -33,7 +33,7 @@ class Spool:
 
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self._folder, self._room = folder, memory_bytes
-        self._items: deque[bytes | bytearray | _OnDisk | Cut] = deque()
+        self._items: deque[bytes | bytearray | memoryview | _OnDisk | Cut] = deque()
         self._file = -1
         self._written = 0
         self._more = asyncio.Event()
@@ -41,7 +41,7 @@ class Spool:
         self._busy = threading.Lock()
         """Held by the thread that uses the file: a closed descriptor's number may soon be another file's."""
 
-    async def put(self, chunk: bytes | bytearray) -> None:
+    async def put(self, chunk: bytes | bytearray | memoryview) -> None:
         """Add a chunk. Raises StoreFullError when neither memory nor the disk has room."""
         if len(chunk) > self._room:
             await asyncio.to_thread(self._write, chunk)
@@ -60,7 +60,7 @@ class Spool:
         self._ended = True
         self._more.set()
 
-    async def get(self) -> bytes | bytearray | Cut | None:
+    async def get(self) -> bytes | bytearray | memoryview | Cut | None:
         """Return the next chunk or cut, or None after the last."""
         while True:
             if self._items:
@@ -97,7 +97,7 @@ class Spool:
         finally:
             self._release()
 
-    def _write(self, chunk: bytes | bytearray) -> None:
+    def _write(self, chunk: bytes | bytearray | memoryview) -> None:
         self._busy.acquire()
         try:
             if not self._closed:
@@ -107,7 +107,7 @@ class Spool:
         finally:
             self._release()
 
-    def _append(self, chunk: bytes | bytearray) -> None:
+    def _append(self, chunk: bytes | bytearray | memoryview) -> None:
         if self._file < 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file, name = tempfile.mkstemp(dir=self._folder, prefix="result-")

@@ -18,21 +18,40 @@ import torch
 
 import edif_mesh.results
 from edif_mesh.errors import ArchiveError
-from edif_mesh.results.archive import MAGIC, StreamingReader, plan, read
+from edif_mesh.results.archive import plan, read
+from edif_mesh.results.archive_records import (
+    DATA,
+    HEAD,
+    HEAD_BYTES,
+    RECORD_BYTES,
+    TAIL_BYTES,
+    TREE,
+    RecordReader,
+    padding,
+    parse_tail,
+    record_head,
+    tail,
+)
 from tests.saved_values import SAVED
 
 BIG = 10**18
 
 
 def forged(tree: Any, data: bytes = b"", *, text: bytes | None = None) -> bytes:
-    """An archive with this tree, honest in its layout (one storage at most) and nowhere else."""
-    header = json.dumps(tree).encode() if text is None else text
-    head = struct.pack("<8sI", MAGIC, len(header)) + header
-    return head + bytes(-len(head) % 64) + data if data else head
+    """An archive with this tree, honest in its outer form (one storage at most) and nowhere else."""
+    raw = json.dumps(tree).encode() if text is None else text
+    body = HEAD + ((record_head(DATA, len(data)) + data + bytes(padding(len(data)))) if data else b"")
+    at = len(body) + RECORD_BYTES
+    body += record_head(TREE, len(raw)) + raw + bytes(padding(len(raw)))
+    return body + tail(at, len(raw), len(body) + TAIL_BYTES)
+
+
+STORAGE = HEAD_BYTES + RECORD_BYTES
+"""Where the only storage lies."""
 
 
 def one(node: Any, data: bytes = bytes(64)) -> bytes:
-    return forged({"values": [["x", node]], "storages": [len(data)] if data else []}, data)
+    return forged({"values": [["x", node]], "storages": [[STORAGE, len(data)]] if data else []}, data)
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
@@ -74,9 +93,14 @@ def test_the_forger_can_write_an_honest_archive() -> None:
 
 LIES: dict[str, bytes] = {
     "nothing": b"",
-    "short": MAGIC,
+    "short": HEAD,
     "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
-    "header of 4 GiB": struct.pack("<8sI", MAGIC, 0xFFFFFFFF) + b"{}",
+    "tree of 4 GiB": forged({"values": [], "storages": []})[:-TAIL_BYTES] + tail(128, 0xFFFFFFFF, 256),
+    "tree beyond the end": forged({"values": [], "storages": []})[:-TAIL_BYTES] + tail(192, 32, 256),
+    "tree nowhere": forged({"values": [], "storages": []})[:-TAIL_BYTES] + tail(0, 192, 256),
+    "another size": forged({"values": [], "storages": []})[:-TAIL_BYTES] + tail(128, 29, 1 << 40),
+    "version 1, header of 4 GiB": struct.pack("<8sI", b"EDIFAR\x00\x01", 0xFFFFFFFF) + b"{}",
+    "version 1, absent storage": struct.pack("<8sI", b"EDIFAR\x00\x01", 34) + b'{"values": [], "storages": [64]}   ',
     "not json": forged(None, text=b"{'values'"),
     "not utf-8": forged(None, text=b'{"values":[["\xff",1]],"storages":[]}'),
     "NaN": forged(None, text=b'{"values":[["a",NaN]],"storages":[]}'),
@@ -86,10 +110,15 @@ LIES: dict[str, bytes] = {
     "digits": forged(None, text=b'{"values":[["a",' + b"9" * 100_000 + b']],"storages":[]}'),
     "same name twice": forged({"values": [["a", 1], ["a", 2]], "storages": []}),
     "values no list": forged({"values": {}, "storages": []}),
-    "storages negative": forged({"values": [], "storages": [-64]}),
-    "storages huge": forged({"values": [], "storages": [BIG]}),
-    "storages bool": forged({"values": [], "storages": [True]}),
-    "storages absent": forged({"values": [], "storages": [1 << 40]}),
+    "storages negative": forged({"values": [], "storages": [[128, -64]]}),
+    "storages huge": forged({"values": [], "storages": [[128, BIG]]}),
+    "storages bool": forged({"values": [], "storages": [[128, True]]}),
+    "storages absent": forged({"values": [], "storages": [[128, 1 << 40]]}),
+    "storages crooked": forged({"values": [], "storages": [[130, 4]]}, bytes(64)),
+    "storages in the head": forged({"values": [], "storages": [[0, 64]]}, bytes(64)),
+    "storages in the tree": forged({"values": [], "storages": [[192, 64]]}, bytes(64)),
+    "storages twice": forged({"values": [], "storages": [[128, 64], [128, 32]]}, bytes(64)),
+    "storages no pairs": forged({"values": [], "storages": [128, 64]}, bytes(64)),
     "trailing bytes": forged({"values": [], "storages": []}) + b"x",
     "deep tree": one(json.loads('{"t":"list","v":[' * 120 + "]}" * 120), b""),
     "unknown kind": one({"t": "pickle", "v": "x"}),
@@ -245,14 +274,17 @@ def test_every_truncation_is_an_archive_error() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_archives_are_read_or_refused_and_nothing_else(seed: int) -> None:
     chance, original = random.Random(seed), rich_archive() if seed % 2 else archive_of_every_kind()
-    header = struct.unpack_from("<8sI", original)[1]
+    tree_at, tree_bytes = parse_tail(original[-TAIL_BYTES:], len(original))
+    told = [
+        *range(HEAD_BYTES),
+        *range(tree_at, tree_at + tree_bytes),
+        *range(len(original) - TAIL_BYTES, len(original)),
+    ]
     refused, count = 0, 400 if seed % 2 else 80
     for _ in range(count):
         data = bytearray(original)
         for _ in range(chance.randint(1, 4)):
-            data[chance.randrange(min(len(data), header + 400))] = chance.choice(
-                [chance.randrange(256), *b'0123456789-[]{}",']
-            )
+            data[chance.choice(told)] = chance.choice([chance.randrange(256), *b'0123456789-[]{}",'])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -261,12 +293,9 @@ def test_damaged_archives_are_read_or_refused_and_nothing_else(seed: int) -> Non
                     str(values)
         except ArchiveError:
             refused += 1
-        reader = StreamingReader(limit_bytes=1 << 20)
-        try:
-            reader.feed(data)
-            reader.finish()
-        except ArchiveError:
-            pass
+        along = RecordReader(lambda start, size, data=data: bytes(data[start : start + size]))
+        with contextlib.suppress(ArchiveError):
+            list(along.leaves(len(data)))
     assert refused > count // 4
 
 
@@ -287,3 +316,22 @@ def test_no_module_of_the_archive_imports_a_pickle() -> None:
         )
         checked += 1
     assert checked >= 5
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        record_head(b"CODE", 8) + bytes(64),
+        record_head(DATA, 1 << 60),
+        record_head(b"LEAF", 64) + b"{" * 64,
+        record_head(b"LEAF", 2 << 20) + bytes(2 << 20),
+        record_head(b"LEAF", 50) + b'{"name":"a","node":1,"storages":[[1048576,64]]}   ' + bytes(14),
+        record_head(b"LEAF", 38) + b'{"name":"a","node":1,"storages":[[0]]}' + bytes(26),
+        bytes(64),
+        record_head(DATA, 0)[:-1] + b"x",
+    ],
+)
+def test_a_stream_of_lies_is_refused_by_who_reads_along(raw: bytes) -> None:
+    data = HEAD + raw
+    with pytest.raises(ArchiveError):
+        list(RecordReader(lambda start, size: data[start : start + size]).leaves(len(data)))

@@ -1,4 +1,4 @@
-"""Any nesting of plain values and tensor views survives the archive, by buffer, by stream and through torch.load."""
+"""Any nesting of plain values and tensor views survives the archive, by buffer and through torch.load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edif_mesh.results.archive import StreamingReader, plan, read
+from edif_mesh.results.archive import plan, read
+from edif_mesh.results.archive_records import TAIL_BYTES, Tree, parse_tail, parse_tree
 from edif_mesh.results.torchfile import write_values
 from tests.same_values import assert_same
 
@@ -41,16 +42,52 @@ values = st.recursive(
 
 
 @settings(max_examples=120, deadline=None)
-@given(saved=st.dictionaries(st.text(max_size=8), values, max_size=4), step=st.integers(1, 3000))
-def test_what_is_saved_is_what_is_read(saved: dict[str, Any], step: int) -> None:
+@given(saved=st.dictionaries(st.text(max_size=8), values, max_size=4))
+def test_what_is_saved_is_what_is_read(saved: dict[str, Any]) -> None:
     result = plan(saved)
     data = result.to_bytes()
     assert len(data) == result.total_bytes
     assert_same(read(data), saved)
-    reader = StreamingReader(limit_bytes=len(data))
-    for start in range(0, len(data), step):
-        reader.feed(data[start : start + step])
-    assert_same(reader.finish(), saved)
     out = io.BytesIO()
     write_values(read(data), out, compress=False)
     assert_same(torch.load(io.BytesIO(out.getvalue()), weights_only=False), saved)
+
+
+floats = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+numbers = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1e-30, 65504.0, 65536.0, 3e38])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    some=st.lists(numbers, min_size=64, max_size=80),
+    dtype=floats,
+    wire=st.sampled_from(["float16", "bfloat16", "int8"]),
+)
+def test_a_tensor_in_a_wire_dtype_comes_back_in_its_own_within_the_bound(
+    some: list[float], dtype: torch.dtype, wire: str
+) -> None:
+    tensor = torch.tensor(some, dtype=torch.float64).to(dtype)
+    archive = plan({"t": tensor, "again": tensor, "few": tensor[:3]}, wire_dtype=wire)
+    got = read(archive.to_bytes())
+    assert_same(got["few"], tensor[:3])
+    assert_same(got["again"], got["t"])
+    assert got["t"].dtype is dtype
+    finite = torch.isfinite(tensor)
+    assert torch.equal(torch.isfinite(got["t"]), finite)
+    assert torch.equal(got["t"][~finite].nan_to_num(), tensor[~finite].nan_to_num())
+    node = tree_of(archive.to_bytes()).values[0][1]
+    off = (got["t"].double() - tensor.double())[finite].abs()
+    if "w" not in node:
+        assert_same(got["t"], tensor)
+    elif wire == "int8":
+        rounding = torch.finfo(dtype).eps * tensor[finite].double().abs() + torch.finfo(dtype).tiny
+        assert bool((off <= node["bound"] * (1 + 1e-9) + rounding).all())
+        assert node["bound"] <= node["scale"] * 0.5000001
+    else:
+        kind = torch.finfo(getattr(torch, wire))
+        assert bool((off <= kind.eps * tensor[finite].double().abs() + kind.smallest_normal).all())
+
+
+def tree_of(data: bytes) -> Tree:
+    offset, size = parse_tail(data[-TAIL_BYTES:], len(data))
+    return parse_tree(data[offset : offset + size], offset - 64)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from edif_mesh.errors import RunnerError
 from site_agent.runner.events import RunnerFailed, RunnerSucceeded
 from site_agent.runner.protocol import (
+    CUTS_FREE,
     HEAD,
+    MAX_DATA_BYTES,
     MAX_FRAME_BYTES,
     RUNNER_CODES,
-    SIZE,
     Conversation,
     Kind,
     check_head,
@@ -35,8 +36,8 @@ frames = st.one_of(
     st.binary(max_size=40),
     st.builds(pack, st.sampled_from(Kind), st.binary(max_size=40)),
     st.builds(lambda kind, length: HEAD.pack(kind, length), st.integers(0, 255), st.integers(0, 2**32 - 1)),
-    st.builds(lambda n: pack(Kind.RESULT, SIZE.pack(n)), st.integers(0, 2**64 - 1)),
-    st.builds(lambda n: pack(Kind.RESULT, SIZE.pack(n)) + bytes(n), st.integers(0, 1000)),
+    st.builds(lambda n: pack(Kind.DATA, bytes(n)), st.integers(0, 1000)),
+    st.builds(lambda n: pack(Kind.CUT, bytes([n])), st.integers(0, 255)),
     st.builds(
         lambda code, text: pack_json(Kind.FAILED, {"code": code, "text": text}),
         st.sampled_from(sorted(RUNNER_CODES)) | st.text(max_size=9),
@@ -79,11 +80,10 @@ def test_any_bytes_lead_to_one_terminal_event(started: bool, pieces: list[bytes]
     ended = asyncio.run(heard(data))
     assert isinstance(ended.end, RunnerSucceeded | RunnerFailed)
     assert ended.order.count("RunnerStarted") <= 1
-    assert ended.order.count("ResultOpened") <= 1
     assert len(ended.data) <= 1000
     assert len(ended.log) <= 10_000
     if isinstance(ended.end, RunnerSucceeded):
-        assert len(ended.data) == ended.announced > 0
+        assert len(ended.data) == ended.end.receipt.result_bytes > 0
     else:
         assert ended.end.code in RUNNER_CODES | {"protocol", "runner_crashed"}
         ended.end.text.encode()
@@ -96,11 +96,12 @@ LIES = {
     "ready again": pack(Kind.STARTED) + pack(Kind.READY),
     "started twice": pack(Kind.STARTED) + pack(Kind.STARTED),
     "done without a result": pack(Kind.STARTED) + pack(Kind.DONE),
-    "a result before the start": pack(Kind.RESULT, SIZE.pack(10)) + bytes(10),
-    "a result of 1 TB": pack(Kind.STARTED) + pack(Kind.RESULT, SIZE.pack(1 << 40)),
-    "an empty result": pack(Kind.STARTED) + pack(Kind.RESULT, SIZE.pack(0)) + pack(Kind.DONE),
-    "two results": pack(Kind.STARTED) + 2 * (pack(Kind.RESULT, SIZE.pack(10)) + bytes(10)) + pack(Kind.DONE),
-    "words after the result": pack(Kind.STARTED) + pack(Kind.RESULT, SIZE.pack(2)) + bytes(2) + pack(Kind.LOG, b"x"),
+    "a result before the start": pack(Kind.DATA, bytes(10)),
+    "a result beyond the limit": pack(Kind.STARTED) + pack(Kind.DATA, bytes(600)) + pack(Kind.DATA, bytes(401)),
+    "a frame of data beyond every limit": pack(Kind.STARTED) + HEAD.pack(Kind.DATA, MAX_DATA_BYTES + 1),
+    "an empty frame of data": pack(Kind.STARTED) + pack(Kind.DATA) + pack(Kind.DONE),
+    "a cut of two bytes": pack(Kind.STARTED) + pack(Kind.CUT, b"ab"),
+    "only cuts": pack(Kind.STARTED) + pack(Kind.CUT, b"a") * 3 + pack(Kind.DONE),
     "endless empty words": pack(Kind.STARTED) + pack(Kind.LOG) * 100_000,
     "a failure of the site": pack_json(Kind.FAILED, {"code": "sandbox", "text": "blame the site"}),
     "a failure in a code of the supervisor": pack_json(Kind.FAILED, {"code": "host_lost", "text": ""}),
@@ -116,7 +117,7 @@ async def test_a_lie_is_a_protocol_failure(name: str) -> None:
 
 
 async def test_a_runner_that_hangs_up_has_crashed() -> None:
-    cut = pack(Kind.STARTED) + pack(Kind.RESULT, SIZE.pack(100)) + bytes(50)
+    cut = pack(Kind.STARTED) + HEAD.pack(Kind.DATA, 100) + bytes(50)
     ended = await heard(cut)
     assert ended.failure.code == "runner_crashed"
     assert ended.failure.receipt.result_bytes == 0
@@ -136,10 +137,11 @@ async def test_a_character_cut_between_two_frames_is_whole() -> None:
 @given(st.binary(min_size=HEAD.size, max_size=HEAD.size))
 def test_a_frame_head_is_bounded_before_anything_is_allocated(raw: bytes) -> None:
     try:
-        _, length = check_head(raw)
+        kind, length = check_head(raw)
     except RunnerError:
         return
-    assert length <= MAX_FRAME_BYTES
+    assert length <= MAX_DATA_BYTES
+    assert kind is Kind.DATA or length <= MAX_FRAME_BYTES
 
 
 @given(st.binary(max_size=200))
@@ -153,7 +155,7 @@ def test_a_failure_frame_is_text_or_refused(data: bytes) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(Kind), st.integers(0, 500)), max_size=60))
-def test_no_conversation_has_two_starts_two_results_or_more_than_the_log_limit(said: list[tuple[Kind, int]]) -> None:
+def test_no_conversation_has_two_starts_two_ends_or_more_than_the_limits(said: list[tuple[Kind, int]]) -> None:
     talk, accepted = Conversation(log_bytes=1000, result_bytes=1000), []
     for kind, length in said:
         try:
@@ -163,9 +165,17 @@ def test_no_conversation_has_two_starts_two_results_or_more_than_the_log_limit(s
         accepted.append((kind, length))
     kinds = [kind for kind, _ in accepted]
     assert kinds.count(Kind.STARTED) <= 1
-    assert kinds.count(Kind.RESULT) <= 1
-    assert Kind.DONE not in kinds or kinds.index(Kind.DONE) == kinds.index(Kind.RESULT) + 1
+    assert sum(length for kind, length in accepted if kind is Kind.DATA) <= 1000
+    assert Kind.DONE not in kinds or (kinds.index(Kind.DONE) == len(kinds) - 1 and Kind.DATA in kinds)
     assert sum(length for kind, length in accepted if kind is Kind.LOG) <= 1000 + 4096 + 64
+
+
+async def test_cuts_beyond_what_a_broker_should_bear_are_not_honoured() -> None:
+    many = (pack(Kind.DATA, b"x") + pack(Kind.CUT, b"\0")) * 900
+    ended = await heard(pack(Kind.STARTED) + pack(Kind.CUT, b"\0") * 900 + many + pack(Kind.DONE))
+    assert isinstance(ended.end, RunnerSucceeded)
+    assert ended.data == b"x" * 900
+    assert len(ended.cuts) == CUTS_FREE
 
 
 def test_descriptors_are_given_back() -> None:

@@ -8,6 +8,7 @@ import fractions
 import math
 import random
 from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 
 from edif_mesh.errors import ArchiveError, UnsupportedValueError
 from edif_mesh.results import archive_decode, archive_encode
-from edif_mesh.results.archive import StreamingReader, plan, read
+from edif_mesh.results.archive import Cut, leaf_value, plan, plan_rest, read
 from edif_mesh.results.archive_encode import Check
+from edif_mesh.results.archive_records import DATA, LEAF, RecordReader, leaf_text
+from edif_mesh.results.archive_sent import Sent, fingerprint
 from edif_mesh.results.archive_types import DTYPES, MAX_KEY_NODES, Record
 from tests.same_values import assert_same, assert_same_strides
 from tests.saved_values import REFUSED, SAVED
@@ -330,27 +333,56 @@ def test_the_buffers_are_views_of_the_tensors_memory_and_sum_to_the_total() -> N
     assert read(result.to_bytes())["t"][0] == 5.0
 
 
-@pytest.mark.parametrize("step", [1, 7, 64, 10_000])
-def test_a_streaming_reader_gives_the_same_values(step: int) -> None:
-    values = {"t": torch.randn(300), "n": [1, b"x"], "e": torch.empty(0)}
-    data = plan(values).to_bytes()
-    reader = StreamingReader(limit_bytes=len(data))
-    for start in range(0, len(data), step):
-        reader.feed(data[start : start + step])
-    assert reader.total_bytes == len(data)
-    assert_same(reader.finish(), values)
+@pytest.mark.parametrize("step", [64, 1000, 1 << 20])
+def test_who_reads_along_gets_each_value_once_and_only_when_it_is_complete(step: int) -> None:
+    sent, out = Sent(), bytearray()
+    saved = {"first": torch.randn(300), "second": torch.arange(5)}
+    ends: dict[str, int] = {}
+
+    def put(parts: Iterable[Any]) -> None:
+        for part in parts:
+            out.extend(b"" if isinstance(part, Cut) else part)
+
+    put(sent.begin())
+    for name, value in saved.items():
+        data = memoryview(value.numpy()).cast("B")
+        offset, record = sent.record(DATA, [data])
+        sent.add(data, offset, fingerprint(data))
+        put(record)
+        node = {"t": "tensor", "d": str(value.dtype)[6:], "shape": [len(value)], "stride": [1], "o": 0, "s": 0}
+        put(sent.record(LEAF, [leaf_text(name, node, [(offset, len(data))])])[1])
+        ends[name] = len(out)
+    put(plan_rest({**saved, "late": [1, torch.ones(3)]}, sent).parts)
+    assert_same(read(out), {**saved, "late": [1, torch.ones(3)]})
+
+    reader = RecordReader(lambda start, size: bytes(out[start : start + size]))
+    seen: dict[str, int] = {}
+    for available in [*range(0, len(out), step), len(out)]:
+        for leaf in reader.leaves(available):
+            assert leaf.name not in seen
+            seen[leaf.name] = available
+            assert_same(leaf_value(leaf, [bytes(out[at : at + size]) for at, size in leaf.storages]), saved[leaf.name])
+    assert list(seen) == list(saved)
+    assert all(seen[name] - step < ends[name] <= seen[name] for name in saved)
 
 
-def test_a_streaming_reader_refuses_too_much_too_little_and_too_large() -> None:
-    data = plan({"t": torch.zeros(1000)}).to_bytes()
-    with pytest.raises(ArchiveError, match="claims"):
-        StreamingReader(limit_bytes=1000).feed(data)
-    reader = StreamingReader(limit_bytes=1 << 20)
-    reader.feed(data[:-1])
-    with pytest.raises(ArchiveError, match="ended after"):
-        reader.finish()
-    with pytest.raises(ArchiveError, match="More bytes"):
-        reader.feed(b"ab")
+def test_what_was_sent_before_is_named_and_not_sent_again() -> None:
+    kept, changed = torch.arange(100.0), torch.arange(200.0)
+    whole = plan({"kept": kept, "changed": changed}).total_bytes
+    sent = Sent()
+    parts = list(sent.begin())
+    for value in (kept, changed):
+        data = memoryview(value.numpy()).cast("B")
+        offset, record = sent.record(DATA, [data])
+        sent.add(data, offset, fingerprint(data))
+        parts += record
+    before = b"".join(bytes(part) for part in parts if not isinstance(part, Cut))
+    changed.numpy()[0] = 7  # torch does not hear of it
+    rest = plan_rest({"kept": kept, "changed": changed}, sent)
+    data = before + rest.to_bytes()
+    assert len(data) == rest.total_bytes
+    assert_same(read(data), {"kept": kept, "changed": changed})
+    assert len(rest.to_bytes()) < whole
 
 
 def test_a_file_is_mapped_and_stays_as_it_was(tmp_path: Path) -> None:
@@ -360,3 +392,16 @@ def test_a_file_is_mapped_and_stays_as_it_was(tmp_path: Path) -> None:
     back = read(path)
     back["t"][0] = 9.0
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [8, 100, 4096, 100_000])
+def test_a_changed_place_has_another_fingerprint(size: int) -> None:
+    values = torch.randn(size)
+    data = memoryview(values.numpy()).cast("B")
+    before = fingerprint(data)
+    assert fingerprint(memoryview(bytes(data))) == before
+    for change in (lambda: values.mul_(1.5), lambda: values[3:4].zero_(), lambda: values.numpy().sort(),
+                   lambda: values.copy_(values.flip(0)), lambda: values.data.roll(1), lambda: values.numpy().fill(0)):  # fmt: skip
+        old, kept = fingerprint(data), values.clone()
+        change()
+        assert (fingerprint(data) == old) == torch.equal(values, kept)

@@ -109,6 +109,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DirectConfig:
+    """Where a site itself serves finished results over HTTPS, and how much of them it keeps."""
+
+    __pydantic_config__ = _STRICT
+
+    url: Annotated[str, Field(pattern=r"^https://[^/@?#\s]+:\d{1,5}$")]
+    """`https://host:port` as researchers reach it; what stands in front must not end TLS."""
+    host: str = "0.0.0.0"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8443
+    keep_bytes: Annotated[int, Field(ge=0)] = 64 << 30
+    """On the site's disk, under `state_dir`; the oldest results go first."""
+    keep_hours: Annotated[int, Field(ge=1)] = 72
+
+
+@dataclass(frozen=True, slots=True)
 class SiteConfig:
     """Settings of `edif-site`."""
 
@@ -153,9 +168,21 @@ class SiteConfig:
     """The profile that runners get; `auto`: the strongest that passes its self-test on this machine."""
     least_sandbox: Literal["base", "namespaced", "strict"] = "base"
     """This site runs nothing rather than under a weaker profile."""
+    direct: DirectConfig | None = None
+    """None: results leave by the broker only."""
     sandbox_command: tuple[str | tuple[str, ...], ...] = ()
     """For `strict`: the runtime in which model hosts start, a command that ends where theirs begins. A part with
     `{readable}` (a text, or a list of texts) is repeated for every folder that a host must be able to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsConfig:
+    """How results come to a researcher."""
+
+    __pydantic_config__ = _STRICT
+
+    direct: bool = True
+    """Large ones straight from the site, where it offers that and it is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +203,7 @@ class ClientConfig:
     """The coordinator's web page, shown by `edif status`."""
     sandbox: Literal["", "base", "namespaced", "strict"] = ""
     """The least sandbox profile that every order of ours demands; empty: the site's own choice."""
+    results: ResultsConfig = ResultsConfig()
     limits: Limits = Limits()
     """What an order asks for when nothing else is said: by `edif run`, the gateway and the Python client."""
 

@@ -341,7 +341,7 @@ class Job:
         return self._reader
 
     def _reader_into(self, sink: Sink) -> ResultReader:
-        return ResultReader(self._mesh.bulk, self.id, sink, open_part=self._open_part)
+        return ResultReader(self._mesh.bulk, self.id, sink, open_part=self._open_part, sources=self._mesh.paths.sources)
 
     def _open_part(self, raw: bytes) -> ResultPart:
         """Return what a site has signed of a running attempt; raises EdifError when it is not of our job."""

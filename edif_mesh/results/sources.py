@@ -42,6 +42,13 @@ class Source(Protocol):
         """
 
 
+class Way(Source, Protocol):
+    """A further way, which may fail without harm: the broker has everything."""
+
+    def refused(self, reason: str) -> None:
+        """Something that it gave was not what the site has signed."""
+
+
 class BrokerSource:
     """The chunks as the broker keeps them; goes on through lost links and restarted brokers while anything comes."""
 

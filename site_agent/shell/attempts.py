@@ -16,9 +16,10 @@ from edif_mesh.errors import ChunkError, EdifError, RunnerError, StoreFullError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.results.index import CHUNK_BYTES, Entry, Index
 from edif_mesh.results.manifest import ManifestParts, build_manifest, packed
+from edif_mesh.results.transfer import AsIs, Form
 from edif_mesh.transport.ports import Streams
 from edif_mesh.wire.envelope import seal
-from edif_mesh.wire.messages import Order, ResultPart
+from edif_mesh.wire.messages import DirectEndpoint, Order, ResultPart
 from site_agent.core.blame import blame_of
 from site_agent.core.events import (
     AttemptComputed,
@@ -30,6 +31,8 @@ from site_agent.core.events import (
     PayloadRefused,
 )
 from site_agent.core.state import AttemptKey, Held
+from site_agent.direct.keeper import DirectKeeper
+from site_agent.direct.store import Keeping, KeepingForm
 from site_agent.runner.events import (
     ResultChunk,
     ResultCut,
@@ -73,6 +76,8 @@ class Equipment:
     tell: Callable[[Event], Awaitable[object]]
     sandbox: str = ""
     """The profile that runners are confined to, for receipts."""
+    direct: DirectKeeper | None = None
+    """Keeps results to serve them from here."""
 
 
 class Attempts:
@@ -125,6 +130,7 @@ class AttemptTask:
         self._logs = LogSender(held.key, equipment.site, equipment.key, equipment.streams)
         self._spool = Spool(equipment.spool_dir)
         self._upload: asyncio.Task[ManifestParts] | None = None
+        self._keeping: Keeping | None = None
         self.task = asyncio.create_task(self._guarded(), name=f"attempt {held.job}.{held.attempt}")
 
     def kill(self, reason: str) -> None:
@@ -172,6 +178,8 @@ class AttemptTask:
     def _release(self) -> None:
         if self._upload is not None:
             self._upload.cancel()
+        if self._keeping is not None:
+            self._keeping.abandon()
         if self._runner is not None:
             self._runner.discard()
         self._spool.close()
@@ -193,8 +201,8 @@ class AttemptTask:
         await self._with.tell(AttemptComputed(held.key))
         assert self._upload is not None
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
-        receipt = self._complete(receipt)
-        await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
+        receipt, direct = self._complete(receipt), await self._kept(stored)
+        await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt, direct), receipt))
 
     def _give_back(self, lending: asyncio.Task[Runner]) -> None:
         """A runner that was lent while the attempt was being stopped, or had no payload, is ours to end."""
@@ -245,9 +253,22 @@ class AttemptTask:
 
     def _begin_upload(self) -> None:
         if self._upload is None:
-            key = self._held.key
-            storing = self._with.cargo.store(key, self._spool, announce=self._part)
+            key, form = self._held.key, self._form()
+            storing = self._with.cargo.store(key, self._spool, form=form, announce=self._part)
             self._upload = asyncio.create_task(storing, name=f"up {key[0]}")
+
+    def _form(self) -> Form:
+        if self._with.direct is None:
+            return AsIs()
+        self._keeping = self._with.direct.store.open(*self._held.key, self._held.owner)
+        return KeepingForm(AsIs(), self._keeping)
+
+    async def _kept(self, parts: ManifestParts) -> tuple[DirectEndpoint, ...]:
+        """Return where the result is served from here, if it is."""
+        if self._with.direct is None or self._keeping is None:
+            return ()
+        served = await asyncio.to_thread(self._keeping.finish, parts.index)
+        return self._with.direct.endpoints if served else ()
 
     def _options(self) -> RunOptions:
         order, site = self._held.order, self._with.limits
@@ -268,10 +289,17 @@ class AttemptTask:
             wire_dtype=order.results.wire_dtype,
         )
 
-    def _manifest(self, parts: ManifestParts, receipt: Receipt) -> str:
+    def _manifest(self, parts: ManifestParts, receipt: Receipt, direct: tuple[DirectEndpoint, ...]) -> str:
         held, now_ms = self._held, read_clocks().wall_ms
         manifest = build_manifest(
-            held.order, held.digest, held.attempt, self._with.site, parts, receipt=receipt, now_ms=now_ms
+            held.order,
+            held.digest,
+            held.attempt,
+            self._with.site,
+            parts,
+            receipt=receipt,
+            now_ms=now_ms,
+            direct=direct,
         )
         return seal(manifest, self._with.key)
 

@@ -75,7 +75,9 @@ class DirectKeeper:
 
     async def run(self) -> None:
         """Keep the process alive and the store within its time, until cancelled."""
-        await asyncio.gather(self._sweep(), self._serve())
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sweep())
+            group.create_task(self._serve())
 
     async def _sweep(self) -> None:
         while True:

@@ -159,6 +159,20 @@ class SiteConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultsConfig:
+    """How results of ours travel when nothing else is said."""
+
+    __pydantic_config__ = _STRICT
+
+    compression: Literal["auto", "off", "fast", "best"] = "auto"
+    """Lossless; `auto` weighs what it saves against the measured links."""
+    wire_dtype: Literal["", "float16", "bfloat16", "int8"] = ""
+    """Floating tensors travel in this dtype and come back in their own, rounded; empty: exact."""
+    sealed: bool = False
+    """Only we can open our results; broker and coordinator see ciphertext."""
+
+
+@dataclass(frozen=True, slots=True)
 class ClientConfig:
     """Settings of the researcher's side: CLI, Python client and personal gateway."""
 
@@ -178,6 +192,7 @@ class ClientConfig:
     """The least sandbox profile that every order of ours demands; empty: the site's own choice."""
     limits: Limits = Limits()
     """What an order asks for when nothing else is said: by `edif run`, the gateway and the Python client."""
+    results: ResultsConfig = ResultsConfig()
 
 
 def home() -> Path:

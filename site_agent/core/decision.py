@@ -152,6 +152,7 @@ def _accepted(event: ev.GrantReceived, state: State, now: Now) -> Decision:
         lease_until_ms=now.monotonic_ms + grant.lease_ms,
         after_advert=state.advert_sequence,
         started=model.loaded,
+        owner=event.signer.key,
     )
     record: list[Change] = [
         *_raised(grant.epoch, state),

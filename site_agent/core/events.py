@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edif_mesh.domain.attempt import Blame, Receipt
-from edif_mesh.domain.ids import Digest, Epoch
+from edif_mesh.domain.ids import Digest, Epoch, KeyId
 from edif_mesh.domain.job import Failure
 from edif_mesh.domain.site import ModelOffer
 from edif_mesh.wire.messages import Grant, LeaseRenewed, Order, ReportReceived, Role, StopAttempt
@@ -20,6 +20,7 @@ class Signer:
     role: Role
     models: tuple[str, ...] = ()
     """Repo ids that the key may use; empty means any."""
+    key: KeyId = KeyId("")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edif_mesh.domain.attempt import AttemptStatus, Blame
-from edif_mesh.domain.ids import AttemptNumber, BootId, Digest, Epoch, FederationId, JobId, SiteId
+from edif_mesh.domain.ids import AttemptNumber, BootId, Digest, Epoch, FederationId, JobId, KeyId, SiteId
 from edif_mesh.domain.job import Failure, Limits
 from edif_mesh.domain.site import Device, ModelOffer, ModelState, SiteStatus, Versions
 from edif_mesh.wire.messages import Order
@@ -74,6 +74,8 @@ class Held:
     """The runner has ended; what is left is to deliver its result. It uses no slot and no lease ends it."""
     load_ms: int = 0
     """How long its model took to load, when it had to wait for that."""
+    owner: KeyId = KeyId("")
+    """Whose key has signed the order."""
     ending: Ending | None = None
     """It is being stopped; it keeps its slot and its memory until its runner is gone."""
 

@@ -62,7 +62,7 @@ class Inbox:
         except (WireError, TrustError) as error:
             return BadOrderReceived(grant, digest, _failure(error))
         who = order.identity
-        return GrantReceived(grant, order.message, digest, Signer(who.name, who.role, who.models))
+        return GrantReceived(grant, order.message, digest, Signer(who.name, who.role, who.models, order.key))
 
     def _fresh_trust(self) -> TrustStore:
         """Read the store again when its file has changed: a revocation counts at once. A broken file changes nothing."""

@@ -177,12 +177,18 @@ class SiteConfig:
 
 @dataclass(frozen=True, slots=True)
 class ResultsConfig:
-    """How results come to a researcher."""
+    """How results of ours travel when nothing else is said."""
 
     __pydantic_config__ = _STRICT
 
+    compression: Literal["auto", "off", "fast", "best"] = "auto"
+    """Lossless; `auto` weighs what it saves against the measured links."""
+    wire_dtype: Literal["", "float16", "bfloat16", "int8"] = ""
+    """Floating tensors travel in this dtype and come back in their own, rounded; empty: exact."""
+    sealed: bool = False
+    """Only we can open our results; broker and coordinator see ciphertext."""
     direct: bool = True
-    """Large ones straight from the site, where it offers that and it is faster."""
+    """Large ones come straight from the site where it offers that and it is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +209,9 @@ class ClientConfig:
     """The coordinator's web page, shown by `edif status`."""
     sandbox: Literal["", "base", "namespaced", "strict"] = ""
     """The least sandbox profile that every order of ours demands; empty: the site's own choice."""
-    results: ResultsConfig = ResultsConfig()
     limits: Limits = Limits()
     """What an order asks for when nothing else is said: by `edif run`, the gateway and the Python client."""
+    results: ResultsConfig = ResultsConfig()
 
 
 def home() -> Path:

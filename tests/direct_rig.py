@@ -87,7 +87,9 @@ class DirectSite:
         served = keeping.finish(parts.index)
         return replace(a_manifest(job, ONE, parts), direct=(self.endpoint,) if served else ())
 
-    def paths(self, bulk: Bulk, key: PrivateKey | None = None, change: Callable[[FetchResult], FetchResult] | None = None) -> Paths:
+    def paths(
+        self, bulk: Bulk, key: PrivateKey | None = None, change: Callable[[FetchResult], FetchResult] | None = None
+    ) -> Paths:
         """What a researcher's process knows of the ways."""
         return Paths(bulk, lambda asked: seal(change(asked) if change else asked, key or self.owner))
 

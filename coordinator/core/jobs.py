@@ -13,7 +13,7 @@ from coordinator.core.snapshot import mesh_view, snapshot
 from coordinator.core.state import JobRecord, MeshState
 from edif_mesh.domain.ids import JobId
 from edif_mesh.domain.job import Failure, JobStatus
-from edif_mesh.wire.messages import JobList, Order, Refusal
+from edif_mesh.wire.messages import COMPRESSIONS, WIRE_DTYPES, JobList, Order, Refusal
 
 MIN_NNSIGHT = (0, 8)
 CODECS = frozenset({"nnsight-0.8"})
@@ -170,6 +170,14 @@ def _problem(draft: Draft, order: Order) -> tuple[str, str] | None:
     positive = (asked.wall_ms, asked.memory_bytes, asked.result_bytes, order.payload.size_bytes)
     if min(positive) <= 0 or min(asked.log_bytes, asked.cpu_ms) < 0:
         return "limits", "The limits and the size of the payload that an order states must be positive."
+    wanted = order.results
+    if wanted.compression not in COMPRESSIONS or wanted.wire_dtype not in WIRE_DTYPES or len(wanted.session) > 64:
+        return "results", (
+            f"The order wants its result with compression {wanted.compression[:20]!r} and wire dtype {wanted.wire_dtype[:20]!r}. "
+            f"There are {', '.join(COMPRESSIONS)}, and {', '.join(filter(None, WIRE_DTYPES))}."
+        )
+    if wanted.seal_to and not (len(wanted.seal_to) == 64 and set(wanted.seal_to) <= set("0123456789abcdef")):
+        return "results", "The order wants its result sealed to what is no X25519 key (64 hexadecimal digits)."
     if order.payload.codec not in CODECS:
         return "codec", f"The payload's form {order.payload.codec!r} is unknown here; nnsight 0.8 is needed."
     if _version(order.client.nnsight) < MIN_NNSIGHT:

@@ -35,6 +35,9 @@ class MeshBackend:
         name: str = "",
         job_class: JobClass = JobClass.INTERACTIVE,
         sandbox: str = "",
+        compression: str | None = None,
+        wire_dtype: str | None = None,
+        sealed: bool | None = None,
         on_update: Callable[[JobSnapshot], None] | None = None,
     ) -> None:
         self._mesh = mesh
@@ -45,6 +48,9 @@ class MeshBackend:
             "name": name,
             "job_class": job_class,
             "sandbox": sandbox,
+            "compression": compression,
+            "wire_dtype": wire_dtype,
+            "sealed": sealed,
         }
         self._on_update = on_update
         self._job: Job | None = None

@@ -29,6 +29,7 @@ from edif_mesh.errors import (
     UserCodeError,
     WireError,
 )
+from edif_mesh.results.forms import FormOpener
 from edif_mesh.results.manifest import check_manifest, check_sizes
 from edif_mesh.results.transfer_read import ResultReader
 from edif_mesh.results.transfer_sinks import BufferSink, FileSink, Sink
@@ -48,6 +49,8 @@ _ON_ITS_WAY_S, _ASK_AGAIN_S = 5.0, 0.05
 """How long `status` waits for an order that was just sent, and how often it asks."""
 _FETCH_TRIES = 30
 MEMORY_BYTES = 1 << 30
+_TELLING_BYTES = 4 << 20
+"""A download of so much says how fast our link is."""
 _INLINE_BYTES = 64 << 10
 """A smaller archive is read faster than a thread is woken."""
 
@@ -310,7 +313,7 @@ class Job:
         Raises ChunkError that names what is missing or altered, NotConnectedError when the broker stays away.
         """
         reader = self._result_reader()
-        await _read(reader, manifest, progress)
+        await self._read(reader, manifest, progress)
         assert self._sink is not None
         data = self._sink.data
         await self._drop_reader()
@@ -331,7 +334,7 @@ class Job:
         await self._drop_reader()
         last = self._last if self._last is not None and self._last.status.terminal else await self.wait(on_update)
         manifest = self.verified_manifest(last)
-        await _read(self._reader_into(FileSink(path)), manifest, progress)
+        await self._read(self._reader_into(FileSink(path)), manifest, progress)
         return manifest.archive_bytes
 
     def _result_reader(self) -> ResultReader:
@@ -341,7 +344,36 @@ class Job:
         return self._reader
 
     def _reader_into(self, sink: Sink) -> ResultReader:
-        return ResultReader(self._mesh.bulk, self.id, sink, open_part=self._open_part, sources=self._mesh.paths.sources)
+        order = self.order()
+        # An order of another machine may have been sealed: its manifest says so.
+        sealed = order is None or bool(order.results.seal_to)
+        opener = FormOpener(self._mesh.key.sealing_key(self.id) if sealed else None, demanded=order is not None)
+        return ResultReader(
+            self._mesh.bulk,
+            self.id,
+            sink,
+            open_part=self._open_part,
+            opener=opener,
+            sources=self._mesh.paths.sources,
+            cache=self._mesh.chunks if order is not None and order.results.session else None,
+        )
+
+    async def _read(
+        self, reader: ResultReader, manifest: Manifest, progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Read, and go on while the broker comes and goes; raises as `fetch`."""
+        for left in reversed(range(_FETCH_TRIES)):
+            began = time.monotonic()
+            try:
+                stats = await reader.read(manifest, progress)
+            except (NoReplyError, NotConnectedError):
+                if left == 0:
+                    raise
+                await asyncio.sleep(0.5)
+                continue
+            if stats.read_bytes >= _TELLING_BYTES:
+                self._mesh.link_bytes_per_s = stats.read_bytes / (time.monotonic() - began)
+            return
 
     def _open_part(self, raw: bytes) -> ResultPart:
         """Return what a site has signed of a running attempt; raises EdifError when it is not of our job."""
@@ -436,18 +468,6 @@ def raise_for(snapshot: JobSnapshot) -> None:
 def now_ms() -> int:
     """Return the time, Unix UTC, in ms."""
     return time.time_ns() // 1_000_000
-
-
-async def _read(reader: ResultReader, manifest: Manifest, progress: Callable[[int, int], None] | None) -> None:
-    """Read, and go on while the broker comes and goes; raises as `Job.fetch`."""
-    for left in reversed(range(_FETCH_TRIES)):
-        try:
-            await reader.read(manifest, progress)
-            return
-        except (NoReplyError, NotConnectedError):
-            if left == 0:
-                raise
-            await asyncio.sleep(0.5)
 
 
 def _nothing() -> None:

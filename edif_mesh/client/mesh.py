@@ -8,7 +8,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +30,7 @@ from edif_mesh.errors import (
 )
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
+from edif_mesh.results.chunks import ChunkCache
 from edif_mesh.results.paths import Paths
 from edif_mesh.results.payloads import put_payload
 from edif_mesh.transport.bulk import NatsBulk
@@ -37,6 +38,8 @@ from edif_mesh.transport.nats_bus import Connection, connect
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import Opened, envelope_digest, kind_of, open_envelope, seal
 from edif_mesh.wire.messages import (
+    COMPRESSIONS,
+    WIRE_DTYPES,
     AskJobs,
     AskMesh,
     Audience,
@@ -47,6 +50,7 @@ from edif_mesh.wire.messages import (
     Order,
     PayloadRef,
     Refusal,
+    ResultOptions,
     Role,
 )
 
@@ -79,6 +83,12 @@ class JobSpec:
     valid_ms: int = DEFAULT_VALID_MS
     sandbox: str = ""
     """The least sandbox profile; empty: what the client's settings demand."""
+    compression: str | None = None
+    """`auto`, `off`, `fast`, `best`; None, as for the next two: what the client's settings say."""
+    wire_dtype: str | None = None
+    """`float16`, `bfloat16`, `int8`: floating tensors travel in it and come back in their own dtype, rounded."""
+    sealed: bool | None = None
+    """Only this key can open the result."""
 
 
 class Mesh:
@@ -94,6 +104,11 @@ class Mesh:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: set[JobId] = set()
         self.link_losses = 0
+        self.session = secrets.token_hex(8)
+        """Jobs of one session share what is the same in their results."""
+        self.chunks = ChunkCache()
+        self.link_bytes_per_s = 0.0
+        """What our last large downloads came at; 0: not known."""
         self.bus.on_link(self._link_changed)
 
     @classmethod
@@ -177,6 +192,7 @@ class Mesh:
             job_class=spec.job_class,
             name=spec.name,
             sandbox=spec.sandbox or self.config.sandbox,
+            results=self._result_options(job, spec),
         )
         envelope = seal(order, self.key)
         handle = Job(self, job, envelope_digest(envelope))
@@ -191,6 +207,26 @@ class Mesh:
             await handle.close()
             raise
         return handle
+
+    def _result_options(self, job: JobId, spec: JobSpec) -> ResultOptions:
+        """Return what an order says of its result; raises ConfigError for what there is not."""
+        wanted = self.config.results
+        options = ResultOptions(
+            wire_dtype=wanted.wire_dtype if spec.wire_dtype is None else spec.wire_dtype,
+            compression=spec.compression or wanted.compression,
+            link_bytes_per_s=int(self.link_bytes_per_s),
+            session=self.session,
+        )
+        if options.compression not in COMPRESSIONS:
+            raise ConfigError(f"compression={options.compression!r}: choose one of {', '.join(COMPRESSIONS)}.")
+        if options.wire_dtype not in WIRE_DTYPES:
+            raise ConfigError(
+                f"wire_dtype={options.wire_dtype!r}: choose one of {', '.join(filter(None, WIRE_DTYPES))}."
+            )
+        if wanted.sealed if spec.sealed is None else spec.sealed:
+            public = self.key.sealing_key(job).public_key().public_bytes_raw()
+            return replace(options, seal_to=public.hex(), session="")
+        return options
 
     async def send(self, job: Job) -> None:
         """Hand a prepared order and its payload to the broker, durably; once. Raises StoreFullError, TransportError."""

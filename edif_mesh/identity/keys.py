@@ -8,6 +8,9 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -103,6 +106,11 @@ class PrivateKey:
     def sign(self, message: bytes) -> bytes:
         """Return the 64-byte signature over `message`."""
         return self._key.sign(message)
+
+    def sealing_key(self, purpose: str) -> X25519PrivateKey:
+        """Return the key to which a result is sealed; the same for the same `purpose`, wherever this key is."""
+        seed = HKDF(SHA256(), 32, salt=None, info=f"edif sealing key v1 {purpose}".encode())
+        return X25519PrivateKey.from_private_bytes(seed.derive(self._key.private_bytes_raw()))
 
     def __repr__(self) -> str:
         return f"PrivateKey(id={self.id})"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections import OrderedDict
 from typing import Protocol
 
 from edif_mesh.errors import ChunkError
@@ -44,3 +46,26 @@ def checked(opener: Opener, of: Manifest | ResultPart, number: int, entry: Entry
             f"Chunk {number} opens to {len(plain)} bytes instead of {entry.plain_bytes}; it was not accepted."
         )
     return plain
+
+
+class ChunkCache:
+    """The newest chunks that were checked here, by SHA-256: what a later result uses again need not come again."""
+
+    def __init__(self, most_bytes: int = 64 << 20) -> None:
+        self._left = most_bytes
+        self._chunks: OrderedDict[bytes, memoryview] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, digest: bytes) -> memoryview | None:
+        """Return the chunk as it travels, or None."""
+        with self._lock:
+            return self._chunks.get(digest)
+
+    def add(self, digest: bytes, stored: memoryview) -> None:
+        """Keep a chunk, whose SHA-256 was checked; the oldest make room."""
+        with self._lock:
+            if digest not in self._chunks:
+                self._chunks[digest] = memoryview(bytes(stored))  # the view's buffer is larger, and used again
+                self._left -= len(stored)
+            while self._left < 0:
+                self._left += len(self._chunks.popitem(last=False)[1])

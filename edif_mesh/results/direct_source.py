@@ -25,10 +25,7 @@ Numbers = list[int]
 
 
 class DirectSource:
-    """One attempt's chunks from the endpoint that its manifest names.
-
-    What a batch holds is overwritten once the next but one is asked for: the reader has placed it by then.
-    """
+    """One attempt's chunks from the endpoint that its manifest names."""
 
     def __init__(self, endpoint: DirectEndpoint, envelope: Callable[[], str], links: int = LINKS) -> None:
         """`envelope` returns a fresh signed `FetchResult` for the attempt."""
@@ -38,7 +35,9 @@ class DirectSource:
         """See `Source`. Raises OSError when the endpoint cannot be reached or breaks off, DirectError when it refuses."""
         run = _Run(self._endpoint, self._envelope, address, wanted, asyncio.get_running_loop())
         left = set(wanted)
-        threads = [asyncio.ensure_future(asyncio.to_thread(run.receive)) for _ in range(min(self._links, run.requests))]
+        # Threads of its own: those of the event loop's pool must be free for checking what these wait to hand over.
+        for _ in range(min(self._links, run.requests)):
+            threading.Thread(target=run.receive, name="direct", daemon=True).start()
         try:
             while left:
                 batch, buffer = await run.next()
@@ -47,7 +46,6 @@ class DirectSource:
                 run.give_back(buffer)
         finally:
             run.stop()
-            await asyncio.gather(*threads, return_exceptions=True)
         if left:
             raise ChunkError(f"Of the result's chunks {named(sorted(left))} missing at the site.")
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from edif_mesh.domain.ids import AttemptNumber, JobId
 from edif_mesh.errors import ChunkError, EdifError, ManifestError, NoReplyError, NotConnectedError
-from edif_mesh.results.chunks import Opener, checked
+from edif_mesh.results.chunks import ChunkCache, Opener, checked
 from edif_mesh.results.index import OWN, Entry
 from edif_mesh.results.manifest import part_index
 from edif_mesh.results.transfer_sinks import Sink
@@ -35,8 +35,11 @@ OpenPart = Callable[[bytes], ResultPart]
 class Follower:
     """One job's chunks as they come; only the newest attempt counts."""
 
-    def __init__(self, bulk: Bulk, job: JobId, sink: Sink, opener: Opener, open_part: OpenPart | None) -> None:
+    def __init__(
+        self, bulk: Bulk, job: JobId, sink: Sink, opener: Opener, open_part: OpenPart | None, cache: ChunkCache | None
+    ) -> None:
         self._bulk, self._job, self._sink, self._opener, self._open_part = bulk, job, sink, opener, open_part
+        self._cache = cache
         self.attempt = AttemptNumber(0)
         """The newest attempt that was heard of."""
         self.fetched_bytes = 0
@@ -229,6 +232,8 @@ class Follower:
                 log.warning("chunk refused", extra={"job": self._job, "error": str(error)})
                 continue
             self._sink.place(number, start, entry, plain)
+            if self._cache is not None:
+                self._cache.add(entry.digest, stored)
             good.append(number)
         return good
 

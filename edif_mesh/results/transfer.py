@@ -46,8 +46,8 @@ class Form(Protocol):
     def make(self, number: int, plain: Sequence[memoryview], element: int) -> Made:
         """Return the chunk; `element` is the size in bytes of one number inside, 0 when it is not known."""
 
-    def stored(self, made: Made, seconds: float) -> None:
-        """The broker has the chunk, `seconds` after it was given to it."""
+    def stored(self, made: Made, now_s: float, in_flight: int) -> None:
+        """The broker has the chunk since `now_s` (monotonic seconds); so many others are on their way."""
 
     @property
     def lenders(self) -> tuple[Lender, ...]:
@@ -69,7 +69,7 @@ class AsIs:
         size = sum(len(piece) for piece in plain)
         return Made(Entry(size, size, AS_IS, 0, OWN, number, sha256(plain)), tuple(plain))
 
-    def stored(self, made: Made, seconds: float) -> None:
+    def stored(self, made: Made, now_s: float, in_flight: int) -> None:
         """Nothing is learnt from it."""
 
 
@@ -181,9 +181,8 @@ class ResultWriter:
             made = await asyncio.to_thread(self._form.make, number, pieces, element)
         self._made[number] = made.entry
         if made.stored:
-            began = asyncio.get_running_loop().time()
             await self._store(number, made.stored, made.entry.digest)
-            self._form.stored(made, asyncio.get_running_loop().time() - began)
+            self._form.stored(made, asyncio.get_running_loop().time(), len(self._stores) - 1)
         self._done.add(number)
         while self._durable in self._done:
             self._done.discard(self._durable)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from edif_mesh.domain.ids import JobId
 from edif_mesh.errors import ChunkError, ManifestError, TransportError
-from edif_mesh.results.chunks import OpenAsIs, Opener, checked
+from edif_mesh.results.chunks import ChunkCache, OpenAsIs, Opener, checked
 from edif_mesh.results.following import Follower
 from edif_mesh.results.index import OWN, Index
 from edif_mesh.results.manifest import check_index, check_sizes, embedded_index, index_bytes
@@ -40,6 +40,8 @@ class ReadStats:
     archive_bytes: int = 0
     fetched_bytes: int = 0
     """Everything that came over the wire for this read, repeats included."""
+    read_bytes: int = 0
+    """Of `fetched_bytes`, what came after the manifest was known."""
     resumed_bytes: int = 0
     """What an earlier read had left behind, of the archive."""
     chunks: int = 0
@@ -60,13 +62,15 @@ class ResultReader:
         opener: Opener | None = None,
         open_part: Callable[[bytes], ResultPart] | None = None,
         sources: Callable[[Manifest], list[Way]] | None = None,
+        cache: ChunkCache | None = None,
     ) -> None:
         """`open_part` verifies a signed part; `sources` gives further ways to the chunks, the best first."""
         self._bulk, self._job, self._sink = bulk, job, sink
         self._opener: Opener = opener or OpenAsIs()
-        self._follower = Follower(bulk, job, sink, self._opener, open_part)
+        self._follower = Follower(bulk, job, sink, self._opener, open_part, cache)
         self._broker = BrokerSource(bulk, patience_ms)
         self._sources = sources
+        self._cache = cache
         self._have: set[int] = set()
         self._have_bytes = 0
         self._stats = ReadStats()
@@ -111,7 +115,7 @@ class ResultReader:
             raise ManifestError(f"The manifest is of job {manifest.job}, not of {self._job}; nothing was fetched.")
         check_sizes(manifest)
         held = await self._follower.end(manifest)
-        self._stats = ReadStats(manifest.archive_bytes, self._follower.fetched_bytes, 0, manifest.chunks)
+        self._stats = ReadStats(manifest.archive_bytes, self._follower.fetched_bytes, chunks=manifest.chunks)
         index = embedded_index(manifest) or await self._index(manifest)
         there = self._follower.placed if self._follower.attempt == manifest.attempt else None
         if there is None:
@@ -155,6 +159,10 @@ class ResultReader:
     async def fetch_chunks(self, manifest: Manifest, index: Index, wanted: Iterable[int]) -> None:
         """Fetch those of the `wanted` chunks that are not there, from wherever they lie; raises as `read`."""
         missing = [number for number in wanted if number not in self._have]
+        if self._cache is not None and manifest.lenders:
+            cached = ((n, self._cache.get(index.entries[n].digest)) for n in missing if index.entries[n].lender != OWN)
+            await self._place(manifest, index, [(number, data) for number, data in cached if data is not None])
+            missing = [number for number in missing if number not in self._have]
         own = [number for number in missing if index.entries[number].lender == OWN]
         for source in self._sources(manifest) if self._sources is not None and own else ():
             try:
@@ -187,7 +195,9 @@ class ResultReader:
         sizes = {index.entries[number].number: index.entries[number].stored_bytes for number in wanted}
         async with aclosing(source.chunks(address, sizes)) as batches:
             async for batch in batches:
-                self._stats.fetched_bytes += sum(len(data) for _, data in batch)
+                size = sum(len(data) for _, data in batch)
+                self._stats.fetched_bytes += size
+                self._stats.read_bytes += size
                 if address.job == self._job and (foreign := [n for n, _ in batch if n >= len(index)]):
                     raise ChunkError(f"Chunk {foreign[0]} is foreign: the manifest has only {len(index)} chunks.")
                 await self._place(manifest, index, ((by_number[n], data) for n, data in batch if n in by_number))
@@ -209,5 +219,7 @@ class ResultReader:
             entry = index.entries[number]
             plain = checked(self._opener, manifest, number, entry, stored)
             self._sink.place(number, index.starts[number], entry, plain)
+            if self._cache is not None:
+                self._cache.add(entry.digest, stored)
             self._have.add(number)
             self._have_bytes += entry.plain_bytes

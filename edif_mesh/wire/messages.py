@@ -43,6 +43,10 @@ class PayloadRef:
     """What the researcher declares; the runner stops decompressing there."""
 
 
+COMPRESSIONS = ("auto", "off", "fast", "best")
+WIRE_DTYPES = ("", "float16", "bfloat16", "int8")
+
+
 @dataclass(frozen=True, slots=True)
 class ResultOptions:
     """How the researcher wants a result to travel."""

@@ -227,9 +227,9 @@ class KeepingForm:
         self._keeping.add(number, made.stored)
         return made
 
-    def stored(self, made: Made, seconds: float) -> None:
+    def stored(self, made: Made, now_s: float, in_flight: int) -> None:
         """As of the form."""
-        self._form.stored(made, seconds)
+        self._form.stored(made, now_s, in_flight)
 
 
 def _now_ms() -> int:

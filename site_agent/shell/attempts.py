@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edif_mesh.domain.attempt import Blame, Receipt
@@ -14,9 +14,12 @@ from edif_mesh.domain.ids import SiteId
 from edif_mesh.domain.job import Failure, Limits
 from edif_mesh.errors import ChunkError, EdifError, RunnerError, StoreFullError
 from edif_mesh.identity.keys import PrivateKey
+from edif_mesh.results.choice import Choice, LinkEstimate
+from edif_mesh.results.forms import ChunkForms, SharedChunks, Sharing
 from edif_mesh.results.index import CHUNK_BYTES, Entry, Index
 from edif_mesh.results.manifest import ManifestParts, build_manifest, packed
-from edif_mesh.results.transfer import AsIs, Form
+from edif_mesh.results.sealing import Sealer
+from edif_mesh.results.transfer import Form
 from edif_mesh.transport.ports import Streams
 from edif_mesh.wire.envelope import seal
 from edif_mesh.wire.messages import DirectEndpoint, Order, ResultPart
@@ -78,6 +81,9 @@ class Equipment:
     """The profile that runners are confined to, for receipts."""
     direct: DirectKeeper | None = None
     """Keeps results to serve them from here."""
+    link: LinkEstimate = field(default_factory=LinkEstimate)
+    """Of our way to the broker, learnt from every result."""
+    shared: SharedChunks = field(default_factory=SharedChunks)
 
 
 class Attempts:
@@ -131,6 +137,7 @@ class AttemptTask:
         self._spool = Spool(equipment.spool_dir)
         self._upload: asyncio.Task[ManifestParts] | None = None
         self._keeping: Keeping | None = None
+        self._forms = self._chunk_forms()
         self.task = asyncio.create_task(self._guarded(), name=f"attempt {held.job}.{held.attempt}")
 
     def kill(self, reason: str) -> None:
@@ -203,6 +210,7 @@ class AttemptTask:
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
         receipt, direct = self._complete(receipt), await self._kept(stored)
         await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt, direct), receipt))
+        self._forms.committed(held.job, held.attempt)
 
     def _give_back(self, lending: asyncio.Task[Runner]) -> None:
         """A runner that was lent while the attempt was being stopped, or had no payload, is ours to end."""
@@ -251,6 +259,17 @@ class AttemptTask:
                         return receipt
         return None
 
+    def _chunk_forms(self) -> ChunkForms:
+        """How this result's chunks travel, as the order wants it."""
+        held, wanted = self._held, self._held.order.results
+        choice = Choice(wanted.compression, self._with.link, wanted.link_bytes_per_s)
+        if wanted.seal_to:
+            return ChunkForms(choice, sealer=Sealer(wanted.seal_to, held.digest, held.attempt))
+        if wanted.session:
+            sharing = Sharing(self._with.shared, held.owner, wanted.session, lambda: read_clocks().wall_ms)
+            return ChunkForms(choice, sharing=sharing)
+        return ChunkForms(choice)
+
     def _begin_upload(self) -> None:
         if self._upload is None:
             key, form = self._held.key, self._form()
@@ -259,9 +278,9 @@ class AttemptTask:
 
     def _form(self) -> Form:
         if self._with.direct is None:
-            return AsIs()
+            return self._forms
         self._keeping = self._with.direct.store.open(*self._held.key, self._held.owner)
-        return KeepingForm(AsIs(), self._keeping)
+        return KeepingForm(self._forms, self._keeping)
 
     async def _kept(self, parts: ManifestParts) -> tuple[DirectEndpoint, ...]:
         """Return where the result is served from here, if it is."""
@@ -314,6 +333,7 @@ class AttemptTask:
             first=first,
             entries=packed(Index(entries)),
             issued_at_ms=read_clocks().wall_ms,
+            sealed_key=self._forms.sealed_key,
         )
         return seal(part, self._with.key).encode()
 

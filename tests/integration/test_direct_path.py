@@ -167,7 +167,9 @@ async def test_another_certificate_is_not_asked(bulk: NatsBulk, site: DirectSite
     await read(bulk, told, site.paths(bulk))
 
 
-async def test_a_site_that_cannot_be_reached_is_left_aside(bulk: NatsBulk, site: DirectSite, manifest: Manifest) -> None:
+async def test_a_site_that_cannot_be_reached_is_left_aside(
+    bulk: NatsBulk, site: DirectSite, manifest: Manifest
+) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         told = replace(manifest, direct=(DirectEndpoint(f"https://127.0.0.1:{closed.getsockname()[1]}", site.digest),))
@@ -232,14 +234,6 @@ def _head(length: int | str) -> bytes:
     return f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def _zeros(link: ssl.SSLSocket) -> None:
-    link.sendall(_head(8 * (960 << 10)) if False else _asked(link, 1) + bytes(64 << 20))
-
-
-def _asked(link: ssl.SSLSocket, _: int) -> bytes:
-    return _head(5 * (960 << 10))
-
-
 LIES: dict[str, Callable[[ssl.SSLSocket], object]] = {
     "no end of the head": lambda link: link.sendall(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 100_000),
     "no HTTP": lambda link: link.sendall(os.urandom(1 << 20) + b"\r\n\r\n"),
@@ -247,7 +241,9 @@ LIES: dict[str, Callable[[ssl.SSLSocket], object]] = {
     "no length": lambda link: link.sendall(b"HTTP/1.1 200 OK\r\n\r\n"),
     "an odd length": lambda link: link.sendall(_head("-1")),
     "hangs up": lambda link: link.close(),
-    "a redirect": lambda link: link.sendall(b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"),
+    "a redirect": lambda link: link.sendall(
+        b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"
+    ),
 }
 
 

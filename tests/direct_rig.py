@@ -41,13 +41,15 @@ class DirectSite:
     owner: PrivateKey = field(default_factory=PrivateKey.generate)
     other: PrivateKey = field(default_factory=PrivateKey.generate)
     stranger: PrivateKey = field(default_factory=PrivateKey.generate)
+    revoked: PrivateKey = field(default_factory=PrivateKey.generate)
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
-        people = {"ada": self.owner, "bob": self.other}
+        people = {"ada": self.owner, "bob": self.other, "eve": self.revoked}
         self.trust = TrustStore(FederationId("fed"), (), self.folder / "trust.json")
         for name, key in people.items():
             self.trust.enrol(Identity(key.public.hex(), Role.RESEARCHER, name))
+        self.trust.revoke(self.revoked.id, 1)
         self.store = ResultStore(self.folder / "results", self.keep_bytes, 3_600_000)
         self.digest = certificate(self.folder / "certificate.pem", SITE)
         self.port = free_port()

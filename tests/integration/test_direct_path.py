@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
@@ -15,10 +16,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from edif_mesh.domain.ids import JobId, job_id
-from edif_mesh.errors import EdifError
+from edif_mesh.domain.ids import JobId, SiteId, job_id
 from edif_mesh.results import path_choice
 from edif_mesh.results.direct_link import DirectError
+from edif_mesh.results.direct_source import BATCH_BYTES
+from edif_mesh.results.index import CHUNK_BYTES
 from edif_mesh.results.paths import Paths
 from edif_mesh.results.sources import Address
 from edif_mesh.results.transfer_read import ReadStats, ResultReader
@@ -27,7 +29,9 @@ from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire import subjects
 from edif_mesh.wire.messages import DirectEndpoint, FetchResult, Manifest
-from site_agent.direct.kept import KeptResult, data_file
+from site_agent.direct.endpoint import FAILURES_AN_ADDRESS
+from site_agent.direct.kept import data_file
+from site_agent.direct.requests import parse_numbers
 from tests.contract.nats_starter import NatsServer
 from tests.direct_rig import ONE, SITE, DirectSite, now_ms, some_bytes
 
@@ -72,15 +76,20 @@ async def read(bulk: NatsBulk, manifest: Manifest, paths: Paths) -> ReadStats:
 
 async def straight(paths: Paths, manifest: Manifest) -> int:
     """Take everything by the direct way alone; returns how many bytes came."""
-    wanted = dict.fromkeys(range(manifest.chunks), 960 << 10)
-    wanted[manifest.chunks - 1] = manifest.archive_bytes - (manifest.chunks - 1) * (960 << 10)
+    wanted = dict.fromkeys(range(manifest.chunks), CHUNK_BYTES)
+    wanted[manifest.chunks - 1] = manifest.archive_bytes - (manifest.chunks - 1) * CHUNK_BYTES
     size = 0
     async for batch in paths.direct(manifest).chunks(Address(manifest.job, manifest.attempt), wanted):
         for number, data in batch:
-            start = number * (960 << 10)
+            start = number * CHUNK_BYTES
             assert data == DATA[start : start + len(data)]
             size += len(data)
     return size
+
+
+def _at(manifest: Manifest, url: str, site: DirectSite) -> Manifest:
+    """The manifest of a site that names this address."""
+    return replace(manifest, direct=(DirectEndpoint(url, site.digest),))
 
 
 async def test_everything_comes_straight_from_the_site(bulk: NatsBulk, site: DirectSite, manifest: Manifest) -> None:
@@ -93,7 +102,8 @@ async def test_both_ways_are_measured_and_each_byte_comes_once(
     paths = site.paths(bulk)
     stats = await read(bulk, manifest, paths)
     known = paths.known(SITE)
-    assert known.direct is not None and known.broker is not None
+    assert known.direct is not None
+    assert known.broker is not None
     assert stats.fetched_bytes < 1.05 * SIZE
     assert stats.refused_chunks == 0
 
@@ -127,28 +137,59 @@ REFUSED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("who", "code"), REFUSED)
 async def test_who_may_not_read_it_is_refused_by_name(
-    bulk: NatsBulk, manifest: Manifest, tmp_path: Path, who: str, code: str
+    bulk: NatsBulk, site: DirectSite, manifest: Manifest, who: str, code: str
+) -> None:
+    key = {"stranger": site.stranger, "other": site.other, "revoked": site.revoked}.get(who, site.owner)
+    changes: dict[str, Callable[[FetchResult], FetchResult]] = {
+        "old": lambda asked: replace(asked, issued_at_ms=asked.issued_at_ms - 120_000),
+        "another job": lambda asked: replace(asked, job=JobId("j0000000000000000000000a")),
+        "another site": lambda asked: replace(asked, site=SiteId("heilbronn")),
+    }
+    with pytest.raises(DirectError, match=code):
+        await straight(site.paths(bulk, key, changes.get(who)), manifest)
+
+
+async def test_a_key_that_is_revoked_while_it_reads_is_refused_at_its_next_request(
+    bulk: NatsBulk, tmp_path: Path, manifest: Manifest
 ) -> None:
     site = DirectSite(tmp_path)
-    keeping = site.store.open(JOB, ONE, site.owner.id)
     site.start()
     try:
-        told = await site.write(bulk, JOB, DATA)
-        key = {"stranger": site.stranger, "other": site.other}.get(who, site.owner)
-        changes: dict[str, Callable[[FetchResult], FetchResult]] = {
-            "old": lambda asked: replace(asked, issued_at_ms=asked.issued_at_ms - 120_000),
-            "another job": lambda asked: replace(asked, job=JobId("j0000000000000000000000a")),
-            "another site": lambda asked: replace(asked, site="heilbronn"),  # type: ignore[arg-type]
-        }
-        if who == "revoked":
-            site.trust.revoke(site.owner.id, now_ms())
-        paths = site.paths(bulk, key, changes.get(who))
-        with pytest.raises(DirectError, match=code):
-            await straight(paths, told)
-        await read(bulk, told, paths)
+        told = site.keep(JOB, DATA)
+        assert await straight(site.paths(bulk), told) == SIZE
+        site.trust.revoke(site.owner.id, now_ms())
+        with pytest.raises(DirectError, match="revoked_key"):
+            await straight(site.paths(bulk), told)
+        stats = await read(bulk, told, site.paths(bulk))
+        assert stats.fetched_bytes < 1.05 * SIZE
     finally:
-        keeping.abandon()
         site.kill()
+
+
+async def test_an_address_that_proves_nothing_too_often_is_told_to_wait(
+    bulk: NatsBulk, tmp_path: Path, manifest: Manifest
+) -> None:
+    site = DirectSite(tmp_path)
+    site.start()
+    try:
+        paths = site.paths(bulk, site.stranger)
+        told = site.keep(JOB, DATA)
+        for _ in range(FAILURES_AN_ADDRESS):
+            with pytest.raises(DirectError):
+                await straight(paths, told)
+        with pytest.raises(DirectError, match="too_many"):
+            await straight(site.paths(bulk), told)
+    finally:
+        site.kill()
+
+
+async def test_a_deleted_job_is_not_served_any_more(bulk: NatsBulk, site: DirectSite) -> None:
+    job = job_id(now_ms(), 5)
+    told = site.keep(job, DATA)
+    assert await straight(site.paths(bulk), told) == SIZE
+    site.store.drop(job)
+    with pytest.raises(DirectError, match="not_found"):
+        await straight(site.paths(bulk), told)
 
 
 async def test_what_is_not_there_is_refused_like_anothers(bulk: NatsBulk, site: DirectSite, manifest: Manifest) -> None:
@@ -172,11 +213,11 @@ async def test_a_site_that_cannot_be_reached_is_left_aside(
 ) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        told = replace(manifest, direct=(DirectEndpoint(f"https://127.0.0.1:{closed.getsockname()[1]}", site.digest),))
+        told = _at(manifest, f"https://127.0.0.1:{closed.getsockname()[1]}", site)
         paths = site.paths(bulk)
         stats = await read(bulk, told, paths)
     assert stats.fetched_bytes < 1.05 * SIZE
-    assert path_choice.next_step(paths.known(SITE), SIZE, now_ms() * 0).path is path_choice.Path.BROKER
+    assert path_choice.next_step(paths.known(SITE), SIZE, 0).path is path_choice.Path.BROKER
 
 
 async def test_bytes_that_a_disk_has_changed_are_not_placed(bulk: NatsBulk, tmp_path: Path, manifest: Manifest) -> None:
@@ -198,52 +239,54 @@ async def test_bytes_that_a_disk_has_changed_are_not_placed(bulk: NatsBulk, tmp_
 
 # ------------------------------------------------------------------------------------------------- hostile endpoints
 
+Lie = Callable[[ssl.SSLSocket, int], object]
+
 
 class Hostile:
-    """A TLS server with the site's certificate that answers as it likes."""
+    """A TLS server with the site's certificate that answers as it likes; a lie is told how many bytes were asked for."""
 
-    def __init__(self, certificate: Path, answer: Callable[[ssl.SSLSocket], None]) -> None:
+    def __init__(self, certificate: Path, lie: Lie) -> None:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificate)
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self._answer = answer
+        self._lie = lie
         self.url = f"https://127.0.0.1:{self._listening.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        while True:
-            try:
+        with contextlib.suppress(OSError):
+            while True:
                 connection, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._one, args=(connection,), daemon=True).start()
+                threading.Thread(target=self._one, args=(connection,), daemon=True).start()
 
     def _one(self, connection: socket.socket) -> None:
-        try:
-            with self._context.wrap_socket(connection, server_side=True) as link:
-                link.recv(16 << 10)
-                self._answer(link)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), self._context.wrap_socket(connection, server_side=True) as link:
+            asked = parse_numbers(link.recv(16 << 10).split(b"numbers=")[1].split(b" ")[0].decode())
+            self._lie(link, sum(len(SIZES[number]) for part in asked for number in part))
 
     def close(self) -> None:
         self._listening.close()
 
 
-def _head(length: int | str) -> bytes:
+SIZES = [DATA[start : start + CHUNK_BYTES] for start in range(0, SIZE, CHUNK_BYTES)]
+
+
+def _ok(length: int | str) -> bytes:
     return f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-LIES: dict[str, Callable[[ssl.SSLSocket], object]] = {
-    "no end of the head": lambda link: link.sendall(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 100_000),
-    "no HTTP": lambda link: link.sendall(os.urandom(1 << 20) + b"\r\n\r\n"),
-    "another length": lambda link: link.sendall(_head(1 << 50)),
-    "no length": lambda link: link.sendall(b"HTTP/1.1 200 OK\r\n\r\n"),
-    "an odd length": lambda link: link.sendall(_head("-1")),
-    "hangs up": lambda link: link.close(),
-    "a redirect": lambda link: link.sendall(
-        b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"
-    ),
+LIES: dict[str, Lie] = {
+    "no end of the head": lambda link, _: link.sendall(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 100_000),
+    "no HTTP": lambda link, _: link.sendall(os.urandom(1 << 20) + b"\r\n\r\n"),
+    "another length": lambda link, _: link.sendall(_ok(1 << 50)),
+    "no length": lambda link, _: link.sendall(b"HTTP/1.1 200 OK\r\n\r\n"),
+    "a negative length": lambda link, _: link.sendall(_ok("-1")),
+    "hangs up": lambda link, _: link.close(),
+    "too few bytes": lambda link, size: link.sendall(_ok(size) + bytes(size // 2)),
+    "wrong bytes": lambda link, size: link.sendall(_ok(size) + bytes(size)),
+    "more bytes for ever": lambda link, size: link.sendall(_ok(size) + bytes(size) + bytes(64 << 20)),
+    "silence": lambda link, size: (link.sendall(_ok(size) + bytes(1 << 20)), link.recv(1 << 20), link.recv(1)),
+    "a redirect": lambda link, _: link.sendall(b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1/\r\n\r\n"),
 }
 
 
@@ -251,12 +294,11 @@ LIES: dict[str, Callable[[ssl.SSLSocket], object]] = {
 async def test_a_hostile_endpoint_costs_nothing_but_a_try(
     bulk: NatsBulk, site: DirectSite, manifest: Manifest, lie: str
 ) -> None:
-    hostile = Hostile(site.folder / "certificate.pem", lambda link: LIES[lie](link) and None)
+    hostile = Hostile(site.folder / "certificate.pem", LIES[lie])
     try:
-        told = replace(manifest, direct=(DirectEndpoint(hostile.url, site.digest),))
         paths = site.paths(bulk)
-        stats = await asyncio.wait_for(read(bulk, told, paths), 20)
+        stats = await asyncio.wait_for(read(bulk, _at(manifest, hostile.url, site), paths), 30)
         assert paths.known(SITE).barred_until_ms > 0
-        assert stats.fetched_bytes < 1.05 * SIZE
+        assert stats.fetched_bytes < SIZE + 2 * BATCH_BYTES
     finally:
         hostile.close()

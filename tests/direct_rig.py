@@ -14,6 +14,8 @@ from pathlib import Path
 from edif_mesh.domain.ids import AttemptNumber, FederationId, JobId, SiteId
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import Identity, TrustStore
+from edif_mesh.results.index import CHUNK_BYTES, Index
+from edif_mesh.results.manifest import ManifestParts
 from edif_mesh.results.paths import Paths
 from edif_mesh.results.transfer import AsIs, ResultWriter
 from edif_mesh.transport.embedded import free_port
@@ -70,7 +72,8 @@ class DirectSite:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "site_agent.direct.endpoint", settings.text()], stdout=subprocess.PIPE
         )
-        assert self.process.stdout is not None and self.process.stdout.readline()
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline()
 
     def kill(self) -> None:
         if self.process is not None:
@@ -88,6 +91,16 @@ class DirectSite:
         parts = await writer.finish()
         served = keeping.finish(parts.index)
         return replace(a_manifest(job, ONE, parts), direct=(self.endpoint,) if served else ())
+
+    def keep(self, job: JobId, data: bytes | memoryview) -> Manifest:
+        """Keep a result here only."""
+        keeping, view = self.store.open(job, ONE, self.owner.id), memoryview(data)
+        form = KeepingForm(AsIs(), keeping)
+        starts = range(0, len(view), CHUNK_BYTES)
+        made = [form.make(number, (view[start : start + CHUNK_BYTES],), 0) for number, start in enumerate(starts)]
+        parts = ManifestParts(Index([chunk.entry for chunk in made]))
+        assert keeping.finish(parts.index), "there is no room"
+        return replace(a_manifest(job, ONE, parts), direct=(self.endpoint,))
 
     def paths(
         self, bulk: Bulk, key: PrivateKey | None = None, change: Callable[[FetchResult], FetchResult] | None = None

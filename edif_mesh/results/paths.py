@@ -79,16 +79,17 @@ class FasterWay:
 
     async def chunks(self, address: Address, wanted: Mapping[int, int]) -> AsyncGenerator[Batch, None]:
         """See `Source`. Each way makes good what the other fails to give; raises what the broker's raises."""
-        left = dict(sorted(wanted.items()))
+        left, came = dict(sorted(wanted.items())), set[int]()
         site = self._manifest.site
         while left:
             step = path_choice.next_step(self._paths.known(site), sum(left.values()), _now_ms())
             self._last = step.path
             try:
-                async with aclosing(self._step(address, left, step)) as batches:
+                async with aclosing(self._step(address, _first(left, step, came), step.path)) as batches:
                     async for batch in batches:
                         for number, _ in batch:
                             left.pop(number, None)
+                            came.add(number)
                         yield batch
             except (OSError, ResultError, TransportError) as error:
                 if step.path is Path.BROKER:
@@ -102,33 +103,34 @@ class FasterWay:
                 reached = self._paths.known(site).direct is not None or not isinstance(error, OSError)
                 self._paths.bar(site, path_choice.BROKEN_MS if reached else path_choice.UNREACHABLE_MS, str(error))
 
-    async def _step(self, address: Address, left: Mapping[int, int], step: Step) -> AsyncGenerator[Batch, None]:
+    async def _step(self, address: Address, part: Mapping[int, int], path: Path) -> AsyncGenerator[Batch, None]:
         """Take a step, measuring it; ends early when the other way has become the better one."""
         paths, site = self._paths, self._manifest.site
-        source = paths.direct(self._manifest) if step.path is Path.DIRECT else paths.broker()
+        source = paths.direct(self._manifest) if path is Path.DIRECT else paths.broker()
         began, size = time.monotonic(), 0
-        async with aclosing(source.chunks(address, _first(left, step.at_most_bytes))) as batches:
+        async with aclosing(source.chunks(address, part)) as batches:
             async for batch in batches:
                 size += sum(len(data) for _, data in batch)
                 yield batch
                 if size >= path_choice.WINDOW_BYTES:
-                    paths.learn(site, step.path, size, time.monotonic() - began)
+                    paths.learn(site, path, size, time.monotonic() - began)
                     began, size = time.monotonic(), 0
-                    if path_choice.should_leave(paths.known(site), step.path):
+                    if path_choice.should_leave(paths.known(site), path):
                         return
         if size >= path_choice.WORTH_BYTES // 2:
-            paths.learn(site, step.path, size, time.monotonic() - began)
+            paths.learn(site, path, size, time.monotonic() - began)
 
 
-def _first(left: Mapping[int, int], at_most_bytes: int) -> dict[int, int]:
-    """Return the first chunks of about so many bytes, at least one."""
+def _first(left: Mapping[int, int], step: Step, came: set[int]) -> dict[int, int]:
+    """Return the chunks of a step, at least one. The broker pushes without gaps: there it ends before what is here."""
     found: dict[int, int] = {}
-    size = 0
+    size, before = 0, -1
     for number, stored in left.items():
-        if found and size + stored > at_most_bytes:
+        gap = step.path is Path.BROKER and any(between in came for between in range(before + 1, number))
+        if found and (gap or size + stored > step.at_most_bytes):
             break
         found[number] = stored
-        size += stored
+        size, before = size + stored, number
     return found
 
 

@@ -114,6 +114,7 @@ async def test_a_killed_endpoint_is_made_good_by_the_broker(bulk: NatsBulk, mani
     job = job_id(now_ms(), 2)
     told = await site.write(bulk, job, DATA)
     paths, sink = site.paths(bulk), BufferSink()
+    paths.learn(SITE, path_choice.Path.BROKER, 1, 1.0)
 
     def kill(done: int, _: int) -> None:
         if done > SIZE // 8:
@@ -261,7 +262,9 @@ class Hostile:
 
     def _one(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), self._context.wrap_socket(connection, server_side=True) as link:
-            asked = parse_numbers(link.recv(16 << 10).split(b"numbers=")[1].split(b" ")[0].decode())
+            if not (request := link.recv(16 << 10)):
+                return
+            asked = parse_numbers(request.split(b"numbers=")[1].split(b" ")[0].decode())
             self._lie(link, sum(len(SIZES[number]) for part in asked for number in part))
 
     def close(self) -> None:

@@ -124,7 +124,7 @@ class FasterWay:
 def _first(left: Mapping[int, int], step: Step, came: set[int]) -> dict[int, int]:
     """Return the chunks of a step, at least one. The broker pushes without gaps: there it ends before what is here."""
     found: dict[int, int] = {}
-    size, before = 0, -1
+    size, before = 0, min(left)
     for number, stored in left.items():
         gap = step.path is Path.BROKER and any(between in came for between in range(before + 1, number))
         if found and (gap or size + stored > step.at_most_bytes):

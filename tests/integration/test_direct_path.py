@@ -293,7 +293,7 @@ LIES: dict[str, Lie] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("lie", [pytest.param(lie, marks=pytest.mark.slow if lie == "silence" else ()) for lie in LIES])
 async def test_a_hostile_endpoint_costs_nothing_but_a_try(
     bulk: NatsBulk, site: DirectSite, manifest: Manifest, lie: str
 ) -> None:

@@ -17,6 +17,7 @@ from edif_mesh.wire.messages import JobSnapshot, MeshView
 
 if TYPE_CHECKING:
     from edif_mesh.client.backend import MeshBackend
+    from edif_mesh.results.lazy import LazyResult
 
 T = TypeVar("T")
 
@@ -120,6 +121,10 @@ class BlockingJob:
     ) -> dict[str, Any]:
         """See `Job.result`."""
         return self._mesh.run(self._job.result(on_update=on_update, progress=progress, classes=classes))
+
+    def open(self, *, classes: dict[str, type] | None = None) -> LazyResult:
+        """See `Job.open`; `result["acts"][:, -1]` fetches what it needs."""
+        return self._mesh.run(self._job.open(classes=classes, run=self._mesh.run))
 
     def receipt(self) -> Receipt | None:
         """See `Job.receipt`."""

@@ -32,7 +32,7 @@ from edif_mesh.errors import (
 from edif_mesh.results.forms import FormOpener
 from edif_mesh.results.manifest import check_manifest, check_sizes
 from edif_mesh.results.transfer_read import ResultReader
-from edif_mesh.results.transfer_sinks import BufferSink, FileSink, Sink
+from edif_mesh.results.transfer_sinks import BufferSink, FileSink, Sink, make_room
 from edif_mesh.transport.ports import Incoming, Subscription
 from edif_mesh.wire import subjects
 from edif_mesh.wire.codec import decode_as
@@ -41,6 +41,8 @@ from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, Manifest, Or
 
 if TYPE_CHECKING:
     from edif_mesh.client.mesh import Mesh
+    from edif_mesh.results.lazy import LazyResult
+    from edif_mesh.results.lazy_tensor import Run
 
 log = logging.getLogger(__name__)
 
@@ -318,6 +320,22 @@ class Job:
         data = self._sink.data
         await self._drop_reader()
         return data
+
+    async def open(self, *, classes: dict[str, type] | None = None, run: Run | None = None) -> LazyResult:
+        """Wait for the end and open the result, of which only the structure is fetched now: `(await job.open())["acts"]`.
+
+        Of a `LazyTensor` what is indexed is fetched, once: it stays in the cache folder, from which also `fetch` of another
+        process goes on. Without `run` (see `BlockingJob.open`) indexing is `await tensor.at(...)`. Raises as `result`.
+        """
+        from edif_mesh.results.lazy import no_waiting, open_result
+
+        await self._drop_reader()
+        last = self._last if self._last is not None and self._last.status.terminal else await self.wait()
+        manifest = self.verified_manifest(last)
+        folder = self._mesh.config.outbox_dir.parent / "cache"
+        await asyncio.to_thread(make_room, folder, manifest.archive_bytes)
+        sink = FileSink(folder / f"{self.id}.{manifest.attempt}.edif")
+        return await open_result(self._reader_into(sink), sink, manifest, run or no_waiting, classes)
 
     async def fetch_to(
         self,

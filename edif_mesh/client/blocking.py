@@ -134,5 +134,9 @@ class BlockingJob:
         """See `Job.cancel`."""
         return self._mesh.run(self._job.cancel(reason))
 
+    def delete(self) -> JobSnapshot:
+        """See `Job.delete`."""
+        return self._mesh.run(self._job.delete())
+
     def __repr__(self) -> str:
         return repr(self._job)

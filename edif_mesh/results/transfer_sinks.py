@@ -222,6 +222,12 @@ def make_room(folder: Path, size: int, most_bytes: int = 32 << 30) -> None:
         kept -= used
 
 
+def forget(folder: Path, job: JobId) -> None:
+    """Delete what a cache folder holds of a job."""
+    for path in folder.glob(f"{job}.*"):
+        path.unlink(missing_ok=True)
+
+
 def _write(file: int, start: int, data: memoryview) -> None:
     while len(data):
         written = os.pwrite(file, data, start)

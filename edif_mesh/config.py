@@ -44,6 +44,12 @@ class StoreConfig:
     payloads_bytes: int = 2 << 30
     results_bytes: int = 16 << 30
     logs_bytes: int = 256 << 20
+    keep_results_days: float = 7.0
+    """How long a result can be fetched, and its printed lines read."""
+    most_bytes_of_one_researcher: int = 200 << 30
+    """Of kept results; who has more orders nothing new before something is deleted."""
+    most_bytes_of_one_site: int = 1 << 40
+    """Of kept results that one site has made; beyond it nothing more is placed there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,12 @@ class ResultError(EdifError):
     code = "result"
 
 
+class ResultGoneError(ResultError):
+    """The mesh does not keep this result any more: it was deleted, or its time was up."""
+
+    code = "result_gone"
+
+
 class ArchiveError(ResultError):
     """The archive is malformed or exceeds a limit."""
 

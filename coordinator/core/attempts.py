@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from coordinator.core.decision import Draft, Reply, SendStop
 from coordinator.core.events import GrantAnswered, GrantUndelivered, SiteReported
+from coordinator.core.keeping import kept_from
 from coordinator.core.schedule import grant_message, lease_end
 from coordinator.core.state import AttemptRecord, JobRecord, SiteRecord
 from edif_mesh.domain.attempt import ATTEMPT_TRANSITIONS, AttemptStatus, Blame
@@ -209,19 +210,25 @@ def _apply(draft: Draft, job: JobRecord, attempt: AttemptRecord, report: Report,
         elif not running:
             draft.change_job(job, text=report.detail[:500])
         return
-    _ended(draft, job, new, report, failure, blame)
+    _ended(draft, job, new, report, failure, blame, manifest)
 
 
 def _ended(
-    draft: Draft, job: JobRecord, attempt: AttemptRecord, report: Report, failure: Failure | None, blame: Blame | None
-) -> None:
+    draft: Draft, job: JobRecord, attempt: AttemptRecord, report: Report, failure: Failure | None, blame: Blame | None,
+    manifest: Manifest | None,
+) -> None:  # fmt: skip
     site, status = attempt.site, attempt.status
     said = failure or Failure(
         status.value.lower(), report.detail or f"{site} ended the attempt ({status.value.lower()})."
     )
-    if status is AttemptStatus.SUCCEEDED:
+    if status is AttemptStatus.SUCCEEDED and manifest is not None:
         draft.change_job(
-            job, status=JobStatus.SUCCEEDED, manifest=report.manifest, result_site=site, text=f"Succeeded at {site}."
+            job,
+            status=JobStatus.SUCCEEDED,
+            manifest=report.manifest,
+            result_site=site,
+            text=f"Succeeded at {site}.",
+            keeping=kept_from(draft, manifest),
         )
         _trouble(draft, site, -1)
     elif status is AttemptStatus.FAILED and blame is Blame.USER:

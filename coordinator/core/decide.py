@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from coordinator.core import attempts, jobs, sites
+from coordinator.core import attempts, jobs, keeping, sites
 from coordinator.core.decision import Decision, Draft
 from coordinator.core.events import (
     AdvertReceived,
     CancelRequested,
+    DeletionAsked,
     Event,
     GrantAnswered,
     GrantUndelivered,
     JobAsked,
+    JobPurged,
     JobsAsked,
     LinkLost,
     LinkReturned,
@@ -20,11 +22,12 @@ from coordinator.core.events import (
     OrderReceived,
     SiteDisconnected,
     SiteReported,
+    StoreMeasured,
     TermStarted,
     Ticked,
 )
 from coordinator.core.schedule import lease_end, schedule
-from coordinator.core.state import Change, MeshState, evolve
+from coordinator.core.state import Change, MeshState, drop_past, evolve
 from edif_mesh.domain.ids import Epoch
 
 
@@ -41,6 +44,10 @@ def decide(event: Event, state: MeshState, now_ms: int) -> Decision:
             jobs.order_received(draft, event)
         case CancelRequested():
             jobs.cancel_requested(draft, event)
+        case DeletionAsked():
+            keeping.deletion_asked(draft, event)
+        case JobPurged():
+            keeping.job_purged(draft, event)
         case JobAsked():
             jobs.job_asked(draft, event)
         case JobsAsked():
@@ -61,7 +68,7 @@ def decide(event: Event, state: MeshState, now_ms: int) -> Decision:
             schedule(draft)
         case SiteDisconnected():
             sites.site_disconnected(draft, event)
-        case LinkLost() | LinkReturned():
+        case LinkLost() | LinkReturned() | StoreMeasured():
             pass
         case Ticked():
             _tick(draft)
@@ -80,6 +87,8 @@ def apply(state: MeshState, event: Event, record: tuple[Change, ...], now_ms: in
         case LinkReturned():
             state.link_lost_at_ms = None
             state.frozen_until_ms = now_ms + state.policy.suspect_ms
+        case StoreMeasured(full):
+            state.store_full = full
         case AdvertReceived() if state.sites and state.first_heard_at_ms is None:
             state.first_heard_at_ms = now_ms
         case TermStarted():
@@ -87,6 +96,7 @@ def apply(state: MeshState, event: Event, record: tuple[Change, ...], now_ms: in
             state.ticked_at_ms = now_ms
         case Ticked():
             jobs.drop_expired(state.expiries, now_ms)  # type: ignore[arg-type]
+            drop_past(state, now_ms)
             if jobs.sites_are_known(state, now_ms):
                 state.unjudged.clear()
             silent = sites.mass_silence(Draft(state, now_ms))
@@ -131,6 +141,7 @@ def _tick(draft: Draft) -> None:
     frozen = is_frozen(draft.state, draft.now_ms)
     jobs.expire_orders(draft)
     jobs.end_hopeless(draft)
+    keeping.tend_deletions(draft)
     sites.tend_sites(draft, frozen=frozen)
     attempts.tend_attempts(draft, frozen=frozen)
     if draft.state.queue or draft.changed_jobs():

@@ -81,7 +81,14 @@ class PurgePayload:
     job: JobId
 
 
-Outgoing = SendGrant | SendStop | Reply | PublishJob | PublishRefusal | PurgePayload
+@dataclass(frozen=True, slots=True)
+class PurgeJob:
+    """Delete all that the broker holds of a job; `JobPurged` follows when it is done."""
+
+    job: JobId
+
+
+Outgoing = SendGrant | SendStop | Reply | PublishJob | PublishRefusal | PurgePayload | PurgeJob
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,29 @@ class CancelRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class DeletionAsked:
+    """A researcher wants a job's payload, result and lines deleted everywhere."""
+
+    job: JobId
+    by: KeyId
+    reply_to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPurged:
+    """The broker has deleted all that it held of a job."""
+
+    job: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMeasured:
+    """How full the broker is; `full` says what is, in a sentence, empty: nothing is."""
+
+    full: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobAsked:
     """A researcher asked for a job's state."""
 
@@ -125,6 +148,9 @@ Event = (
     TermStarted
     | OrderReceived
     | CancelRequested
+    | DeletionAsked
+    | JobPurged
+    | StoreMeasured
     | JobAsked
     | JobsAsked
     | MeshAsked

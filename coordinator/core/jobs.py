@@ -7,11 +7,12 @@ import heapq
 from coordinator.core.attempts import stop
 from coordinator.core.decision import Draft, PublishJob, PublishRefusal, Reply
 from coordinator.core.events import CancelRequested, JobAsked, JobsAsked, MeshAsked, OrderReceived
+from coordinator.core.keeping import too_much_kept
 from coordinator.core.placement import only_permanent
 from coordinator.core.schedule import schedule, verdicts_for
 from coordinator.core.snapshot import mesh_view, snapshot
 from coordinator.core.state import JobRecord, MeshState
-from edif_mesh.domain.ids import JobId
+from edif_mesh.domain.ids import JobId, KeyId
 from edif_mesh.domain.job import Failure, JobStatus
 from edif_mesh.wire.messages import COMPRESSIONS, WIRE_DTYPES, JobList, Order, Refusal
 
@@ -34,7 +35,7 @@ def order_received(draft: Draft, event: OrderReceived) -> None:
                 draft, order, "duplicate_job", "Another order has this job id already. Submit again: a new id is made."
             )
         return
-    problem = _problem(draft, order)
+    problem = _problem(draft, order, event.owner)
     if problem is not None:
         _refuse(draft, order, *problem)
         return
@@ -151,7 +152,7 @@ def _end(draft: Draft, job: JobRecord, status: JobStatus, failure: Failure, reas
     return ended
 
 
-def _problem(draft: Draft, order: Order) -> tuple[str, str] | None:
+def _problem(draft: Draft, order: Order, owner: KeyId) -> tuple[str, str] | None:
     now, policy = draft.now_ms, draft.state.policy
     if order.federation != draft.state.federation:
         return (
@@ -178,6 +179,10 @@ def _problem(draft: Draft, order: Order) -> tuple[str, str] | None:
         )
     if wanted.seal_to and not (len(wanted.seal_to) == 64 and set(wanted.seal_to) <= set("0123456789abcdef")):
         return "results", "The order wants its result sealed to what is no X25519 key (64 hexadecimal digits)."
+    if draft.state.store_full:
+        return "store_full", draft.state.store_full
+    if (problem := too_much_kept(draft.state, owner)) is not None:
+        return problem
     if order.payload.codec not in CODECS:
         return "codec", f"The payload's form {order.payload.codec!r} is unknown here; nnsight 0.8 is needed."
     if _version(order.client.nnsight) < MIN_NNSIGHT:

@@ -14,8 +14,8 @@ from edif_mesh.wire.messages import Order, SiteVerdict
 PERMANENT = frozenset({"audience", "model", "revision", "dtype", "task", "versions", "limits", "too_large", "sandbox"})
 """Reasons that waiting does not change: an order that every site refuses for one of them is refused at once."""
 
-BUSY = frozenset({"no_slot", "no_memory", "no_room"})
-"""Reasons that pass by themselves: when a running attempt ends, or a model has been loaded for long enough."""
+BUSY = frozenset({"no_slot", "no_memory", "no_room", "kept_full"})
+"""Reasons that pass by themselves: when a running attempt ends, a model has been loaded for long enough, or kept results are deleted."""
 
 ASSUMED_RUN_S = 2.0
 TROUBLE_S = 10.0
@@ -33,6 +33,7 @@ def judge(
     busy: Collection[str] = (),
     leaving: Collection[str] = (),
     now_ms: int = 0,
+    keeps_too_much: bool = False,
 ) -> SiteVerdict:
     """Return the site's verdict on the order: all its reasons, or its expected completion time in seconds.
 
@@ -45,6 +46,9 @@ def judge(
     if not reasons and job.model.repo_id in leaving:
         text = f"{job.model.repo_id} has to make room at {record.site} for a model that was asked for before."
         reasons = (Failure("no_room", text),)
+    if keeps_too_much:
+        text = f"The mesh keeps as many bytes of results of {record.site} as it may; there is room again when some are deleted or old."
+        reasons = (*reasons, Failure("kept_full", text))
     if reasons:
         return SiteVerdict(record.site, reasons)
     assert offer is not None

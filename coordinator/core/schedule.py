@@ -78,6 +78,7 @@ def verdicts_for(draft: Draft, job: JobRecord, rooms: dict[SiteId, Room] | None 
                 busy=room.busy,
                 leaving=room.leaving,
                 now_ms=draft.now_ms,
+                keeps_too_much=draft.state.kept_bytes_at.get(site.site, 0) >= draft.state.policy.max_site_kept_bytes,
             )
         )
     return tuple(result)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from coordinator.core.attempts import lose
 from coordinator.core.decision import Draft, Reply
 from coordinator.core.events import AdvertReceived, SiteDisconnected
+from coordinator.core.keeping import dropped_at, to_drop
 from coordinator.core.schedule import lease_end
 from coordinator.core.state import AttemptRecord, SiteRecord
 from edif_mesh.domain.attempt import AttemptStatus
@@ -32,6 +33,7 @@ def advert_received(draft: Draft, event: AdvertReceived) -> None:
     record = SiteRecord(advert.site, status, advert, draft.now_ms, None, known.trouble if known else 0)
     draft.change_site(record, durable=known is None or rebooted or _differs(known.advert, advert))
     repeated = known is not None and not rebooted and advert.sequence == known.advert.sequence
+    dropped_at(draft, advert.site, advert.dropped)
     leases = _renew(draft, advert, rebooted=rebooted, repeated=repeated)
     if event.reply_to:
         answer = LeaseRenewed(
@@ -41,6 +43,7 @@ def advert_received(draft: Draft, event: AdvertReceived) -> None:
             issued_at_ms=draft.now_ms,
             lease_ms=draft.state.policy.lease_ms,
             attempts=tuple(leases),
+            drop=to_drop(draft, advert.site),
         )
         draft.send(Reply(event.reply_to, answer))
 

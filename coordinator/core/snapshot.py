@@ -8,7 +8,7 @@ from coordinator.core.decision import Draft
 from coordinator.core.placement import BUSY, only_permanent
 from coordinator.core.queue import position
 from coordinator.core.schedule import verdicts_for
-from coordinator.core.state import AttemptRecord, JobRecord
+from coordinator.core.state import AttemptRecord, JobRecord, Keeping
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, SiteId
 from edif_mesh.domain.job import Failure, JobStatus
@@ -47,10 +47,13 @@ def snapshot(draft: Draft, job: JobRecord, *, explain: bool = False, brief: bool
         name=job.order.name,
         site=_site(draft, job),
         failure=failure,
-        manifest=None if brief else job.manifest,
+        manifest=None if brief or _is_gone(draft, job) else job.manifest,
         why=why,
         order_digest=job.order_digest,
         epoch=draft.epoch or draft.state.epoch,
+        result_bytes=job.keeping.stored_bytes if job.keeping is not None and job.keeping.deleted_at_ms is None else 0,
+        keep_until_ms=job.keeping.until_ms if job.keeping is not None and job.manifest is not None else None,
+        deleted_at_ms=job.keeping.deleted_at_ms if job.keeping is not None else None,
     )
 
 
@@ -71,9 +74,31 @@ def sentence(draft: Draft, job: JobRecord, place: int | None, eta_ms: int | None
         )
         detail = f": {attempt.detail}" if attempt.status is AttemptStatus.LOADING and attempt.detail else ""
         return f"{word} at {attempt.site} (attempt {attempt.attempt}{after}){detail}."
+    if job.keeping is not None and job.keeping.deleted_at_ms is not None:
+        return f"{job.text or job.status.value} {_deletion(draft, job, job.keeping)}"
     if job.status is JobStatus.SUCCEEDED:
-        return f"Succeeded at {job.result_site} (attempt {job.attempt}{after})."
+        late = " Its result was kept for as long as the mesh keeps results." if _is_gone(draft, job) else ""
+        return f"Succeeded at {job.result_site} (attempt {job.attempt}{after}).{late}"
     return job.text or job.status.value
+
+
+def _is_gone(draft: Draft, job: JobRecord) -> bool:
+    """Whether the mesh does not keep the job's result any more."""
+    keeping = job.keeping
+    return keeping is not None and (keeping.deleted_at_ms is not None or keeping.until_ms <= draft.now_ms)
+
+
+def _deletion(draft: Draft, job: JobRecord, keeping: Keeping) -> str:
+    if not keeping.deleting:
+        return "Its owner has deleted its payload, result and lines."
+    users = draft.state.borrowed.get(job.job)
+    if not keeping.purged and users:
+        names = ", ".join(sorted(users)[:3])
+        return (
+            f"Its owner has deleted it; its chunks go when {names}, which uses them too, is deleted or its time is up."
+        )
+    at = ", ".join([*(["the broker"] if not keeping.purged else []), *keeping.drop_at])
+    return f"Its owner has deleted it; still to be deleted at: {at}."
 
 
 def mesh_view(draft: Draft) -> MeshView:

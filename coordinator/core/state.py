@@ -30,6 +30,44 @@ class Policy:
     retry_backoff_ms: int = 500
     max_payload_bytes: int = 1 << 30
     max_freeze_ms: int = 120_000
+    keep_results_ms: int = 7 * 86_400_000
+    max_kept_bytes: int = 200 << 30
+    """Of one researcher's results."""
+    max_site_kept_bytes: int = 1 << 40
+    """Of the results of one site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What is kept of a job's result, and how far its deletion is."""
+
+    stored_bytes: int
+    until_ms: int
+    lenders: tuple[JobId, ...] = ()
+    """Jobs whose chunks it uses again."""
+    deleted_at_ms: int | None = None
+    """When its owner asked for the deletion."""
+    drop_at: tuple[SiteId, ...] = ()
+    """Sites that have still to say that they hold nothing of it."""
+    purged: bool = False
+    """The broker holds nothing of it any more."""
+
+    @property
+    def deleting(self) -> bool:
+        """Whether something has still to be deleted."""
+        return self.deleted_at_ms is not None and (bool(self.drop_at) or not self.purged)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A kept result in the index over all of them; it stays there when its job has left memory."""
+
+    job: JobId
+    owner: KeyId
+    site: SiteId
+    stored_bytes: int
+    until_ms: int
+    lenders: tuple[JobId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +97,7 @@ class JobRecord:
     failure: Failure | None = None
     manifest: str | None = None
     result_site: SiteId | None = None
+    keeping: Keeping | None = None
 
     @property
     def terminal(self) -> bool:
@@ -192,6 +231,16 @@ class MeshState:
     """Jobs that were queued, or recovered, before any site was known: nobody could tell whether they can ever run."""
     first_heard_at_ms: int | None = None
     """When the first site spoke in this process's life."""
+    kept: dict[JobId, Kept] = field(default_factory=dict)
+    kept_bytes: dict[KeyId, int] = field(default_factory=dict)
+    kept_bytes_at: dict[SiteId, int] = field(default_factory=dict)
+    borrowed: dict[JobId, set[JobId]] = field(default_factory=dict)
+    """By lender: the kept results that use its chunks."""
+    expiring: list[tuple[int, JobId]] = field(default_factory=list)
+    """A heap of the kept results, by the instant until which."""
+    deleting: dict[JobId, None] = field(default_factory=dict)
+    store_full: str = ""
+    """Why the broker can take no new order now; empty: it can. Measured, not recorded."""
     ticked_at_ms: int | None = None
     """The last tick: a long gap means that the coordinator itself stood still."""
 
@@ -214,7 +263,7 @@ def evolve(state: MeshState, change: Change) -> None:
 def forget_job(state: MeshState, job: JobId) -> None:
     """Drop a terminal job from memory; its rows stay in storage."""
     record = state.jobs.get(job)
-    if record is None or not record.terminal:
+    if record is None or not record.terminal or job in state.deleting:
         return
     keys = [(job, AttemptNumber(number)) for number in range(1, record.attempt + 1)]
     if any(key in state.active for key in keys):
@@ -235,8 +284,62 @@ def _put_job(state: MeshState, record: JobRecord) -> None:
         _enter_queue(state, record)
     if old is None and now and not state.sites:
         state.unjudged[record.job] = None
+    keep(state, record)
     if old is None and not record.terminal:
         heapq.heappush(state.expiries, (record.order.expires_at_ms, record.job))
+
+
+def keep(state: MeshState, record: JobRecord) -> None:
+    """Bring the index of kept results in step with a job's record."""
+    keeping = record.keeping
+    if keeping is not None and keeping.deleting:
+        state.deleting[record.job] = None
+    else:
+        state.deleting.pop(record.job, None)
+    wanted = keeping is not None and keeping.deleted_at_ms is None and keeping.stored_bytes > 0
+    if not wanted or keeping is None or record.result_site is None:
+        unkeep(state, record.job)
+    elif record.job not in state.kept:
+        kept = Kept(
+            record.job, record.owner, record.result_site, keeping.stored_bytes, keeping.until_ms, keeping.lenders
+        )
+        state.kept[record.job] = kept
+        heapq.heappush(state.expiring, (kept.until_ms, kept.job))
+        _count(state, kept, +1)
+        for lender in kept.lenders:
+            state.borrowed.setdefault(lender, set()).add(kept.job)
+
+
+def unkeep(state: MeshState, job: JobId) -> None:
+    """Take a result out of the index: it was deleted, or its time is up."""
+    kept = state.kept.pop(job, None)
+    if kept is None:
+        return
+    _count(state, kept, -1)
+    for lender in kept.lenders:
+        users = state.borrowed.get(lender, set())
+        users.discard(job)
+        if not users:
+            state.borrowed.pop(lender, None)
+
+
+def _count(state: MeshState, kept: Kept, sign: int) -> None:
+    size = sign * kept.stored_bytes
+    state.kept_bytes[kept.owner] = state.kept_bytes.get(kept.owner, 0) + size
+    state.kept_bytes_at[kept.site] = state.kept_bytes_at.get(kept.site, 0) + size
+    if not state.kept_bytes[kept.owner]:
+        del state.kept_bytes[kept.owner]
+    if not state.kept_bytes_at[kept.site]:
+        del state.kept_bytes_at[kept.site]
+
+
+def drop_past(state: MeshState, now_ms: int) -> None:
+    """Forget the kept results whose time is up; the broker has dropped them by age."""
+    while state.expiring and state.expiring[0][0] <= now_ms:
+        _, job = heapq.heappop(state.expiring)
+        kept = state.kept.get(job)
+        if kept is not None and kept.until_ms <= now_ms:
+            unkeep(state, job)
 
 
 def charge_s(state: MeshState, job: JobRecord) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from coordinator.core.events import (
     AdvertReceived,
     CancelRequested,
+    DeletionAsked,
     Event,
     JobAsked,
     JobsAsked,
@@ -20,7 +21,7 @@ from coordinator.core.events import (
 from coordinator.core.state import MeshState
 from coordinator.monitoring.metrics import Metrics
 from coordinator.shell.loop import Arrival, Loop
-from coordinator.shell.opening import Opener, claimed_job, failure_of
+from coordinator.shell.opening import Opener, Question, claimed_job, failure_of
 from coordinator.shell.outbox import Outbox
 from coordinator.shell.recovery import History, recall
 from coordinator.storage.errors import RecordError
@@ -31,7 +32,7 @@ from edif_mesh.errors import EdifError, TrustError, WireError
 from edif_mesh.transport.ports import Bus, Delivery, Incoming, Streams, Subscription
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import Opened
-from edif_mesh.wire.messages import Advert, AskJob, AskJobs, AskMesh, CancelJob, Order, Refusal
+from edif_mesh.wire.messages import Advert, AskJob, AskJobs, AskMesh, CancelJob, DeleteJob, Order, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ class Inbox:
         try:
             opened = self._opener.open_question(message.data, self._now_ms())
             event = _event_of(opened, message.reply)
-            recalled = await self._recall(event.job) if isinstance(event, JobAsked | CancelRequested) else None
+            recalled = (
+                await self._recall(event.job) if isinstance(event, JobAsked | CancelRequested | DeletionAsked) else None
+            )
         except EdifError as error:
             self._refuse(message, "question", error)
             return
@@ -168,8 +171,8 @@ class Inbox:
         task.add_done_callback(self._tasks.discard)
 
 
-def _event_of(opened: Opened[Any], reply: str) -> JobAsked | JobsAsked | MeshAsked | CancelRequested:
-    message: AskJob | AskJobs | AskMesh | CancelJob = opened.message
+def _event_of(opened: Opened[Any], reply: str) -> JobAsked | JobsAsked | MeshAsked | CancelRequested | DeletionAsked:
+    message: Question = opened.message
     match message:
         case AskJob():
             return JobAsked(message.job, opened.key, message.explain, reply)
@@ -179,3 +182,5 @@ def _event_of(opened: Opened[Any], reply: str) -> JobAsked | JobsAsked | MeshAsk
             return MeshAsked(reply)
         case CancelJob():
             return CancelRequested(message.job, opened.key, message.reason, reply)
+        case DeleteJob():
+            return DeletionAsked(message.job, opened.key, reply)

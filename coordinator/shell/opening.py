@@ -14,15 +14,21 @@ from edif_mesh.errors import ConfigError, EdifError, TrustError, UnknownKeyError
 from edif_mesh.identity.trust import TrustStore
 from edif_mesh.wire.codec import load_json
 from edif_mesh.wire.envelope import Opened, open_envelope
-from edif_mesh.wire.messages import AskJob, AskJobs, AskMesh, CancelJob, Manifest, Report
+from edif_mesh.wire.messages import AskJob, AskJobs, AskMesh, CancelJob, DeleteJob, Manifest, Report
 from edif_mesh.wire.version import payload_type
 
 log = logging.getLogger(__name__)
 
-Question = AskJob | AskJobs | AskMesh | CancelJob
+Question = AskJob | AskJobs | AskMesh | CancelJob | DeleteJob
 _QUESTIONS: dict[str, type[Any]] = {
     payload_type(kind): cls
-    for kind, cls in (("ask_job", AskJob), ("ask_jobs", AskJobs), ("ask_mesh", AskMesh), ("cancel_job", CancelJob))
+    for kind, cls in (
+        ("ask_job", AskJob),
+        ("ask_jobs", AskJobs),
+        ("ask_mesh", AskMesh),
+        ("cancel_job", CancelJob),
+        ("delete_job", DeleteJob),
+    )
 }
 REFRESH_S = 1.0
 """How often the trust store's file is looked at; an unknown key makes it sooner, at most every `HURRY_S`."""

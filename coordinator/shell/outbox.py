@@ -13,12 +13,13 @@ from coordinator.core.decision import (
     Outgoing,
     PublishJob,
     PublishRefusal,
+    PurgeJob,
     PurgePayload,
     Reply,
     SendGrant,
     SendStop,
 )
-from coordinator.core.events import Event, GrantAnswered, GrantUndelivered
+from coordinator.core.events import Event, GrantAnswered, GrantUndelivered, JobPurged
 from coordinator.core.snapshot import snapshot
 from coordinator.core.state import MeshState
 from coordinator.shell.opening import Opener
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 MAX_ENVELOPE_BYTES = 480 << 10
 PURGE_TRIES = 5
+PURGE_AGAIN_S = 2.0
 
 
 class Outbox:
@@ -75,6 +77,8 @@ class Outbox:
                     self._refuse_order(job, refusal)
                 case PurgePayload(job):
                     self._once(("purge", job), self._purge(job))
+                case PurgeJob(job):
+                    self._once(("purge all", job), self._purge_all(job))
                 case _:
                     assert_never(item)
 
@@ -146,6 +150,22 @@ class Outbox:
             except TransportError as error:
                 log.info("payload not purged yet", extra={"job": job, "reason": str(error)})
                 await asyncio.sleep(2**tried)
+
+    async def _purge_all(self, job: JobId) -> None:
+        """Delete all that the broker holds of a job, and say so; the core asks again when it could not be done."""
+        try:
+            for stream, subject in (
+                (subjects.PAYLOADS_STREAM, subjects.payload_chunks(job)),
+                (subjects.RESULTS_STREAM, subjects.result_chunks(job)),
+                (subjects.LOGS_STREAM, subjects.all_log_lines(job)),
+            ):
+                await self._streams.purge(stream, subject)
+        except TransportError as error:
+            log.info("job not purged yet", extra={"job": job, "reason": str(error)})
+            await asyncio.sleep(PURGE_AGAIN_S)
+        else:
+            self._happened(JobPurged(job))
+            await asyncio.sleep(PURGE_AGAIN_S)  # until the core has heard it: it asks at every tick
 
     def _sealed(self, message: Message) -> bytes:
         """Sign; a list or a verdict that would not fit a message is cut, newest jobs and first sites kept."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coordinator.core.state import AttemptChanged, JobChanged, MeshState, Policy, SiteChanged, evolve
+from coordinator.core.state import AttemptChanged, JobChanged, MeshState, Policy, SiteChanged, evolve, keep
 from coordinator.shell.recording import attempt_of, job_of, site_of
 from coordinator.storage.recording import StoredAttempt, StoredJob
 from coordinator.storage.store import Store
-from edif_mesh.config import PolicyConfig
+from edif_mesh.config import PolicyConfig, StoreConfig
 from edif_mesh.domain.ids import FederationId, JobId
+from edif_mesh.wire.subjects import DAY_MS
 
 ENDED_IN_MEMORY = 2_000
 """Jobs that ended last stay in memory; older ones are read from the record when asked for."""
@@ -18,9 +19,17 @@ _BATCH = 500
 History = list[JobChanged | AttemptChanged]
 
 
-def recover(store: Store, federation: FederationId, policy: PolicyConfig) -> MeshState:
-    """Return the state as recorded: all that is open, what has still to be stopped, and the newest ended jobs."""
-    state = MeshState(federation, policy_of(policy))
+def recover(
+    store: Store, federation: FederationId, policy: PolicyConfig, keep_rules: StoreConfig, now_ms: int
+) -> MeshState:
+    """Return the state as recorded: all that is open, what has still to be stopped or deleted, the newest ended jobs, and
+    the index of all kept results."""
+    state = MeshState(federation, policy_of(policy, keep_rules))
+    for stored in store.ended_since(now_ms - state.policy.keep_results_ms):
+        record = job_of(stored, "")
+        keep(state, record)
+        if record.job in state.deleting:
+            _put(state, store, [stored])
     batch: list[StoredJob] = []
     for stored in [
         *store.recent_ended_jobs(ENDED_IN_MEMORY)[::-1],
@@ -43,9 +52,12 @@ def recall(store: Store, job: JobId) -> History:
     return [] if stored is None else _history(store, [stored])
 
 
-def policy_of(config: PolicyConfig) -> Policy:
-    """Return the core's policy with the configured times."""
+def policy_of(config: PolicyConfig, keep: StoreConfig) -> Policy:
+    """Return the core's policy with the configured times and bounds."""
     return Policy(
+        keep_results_ms=int(keep.keep_results_days * DAY_MS),
+        max_kept_bytes=keep.most_bytes_of_one_researcher,
+        max_site_kept_bytes=keep.most_bytes_of_one_site,
         lease_ms=config.lease_ms,
         suspect_ms=config.suspect_ms,
         disconnect_grace_ms=config.disconnect_grace_ms,

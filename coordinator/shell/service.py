@@ -7,7 +7,7 @@ import logging
 import time
 from contextlib import suppress
 
-from coordinator.core.events import Event, LinkLost, LinkReturned, TermStarted, Ticked
+from coordinator.core.events import Event, LinkLost, LinkReturned, StoreMeasured, TermStarted, Ticked
 from coordinator.monitoring.app import Monitoring
 from coordinator.monitoring.metrics import Metrics
 from coordinator.monitoring.server import HttpServer
@@ -32,6 +32,8 @@ from edif_mesh.wire import subjects
 log = logging.getLogger(__name__)
 
 ENSURE_RETRY_S = 0.5
+MEASURE_S = 3.0
+FULL_FROM, FREE_AGAIN = 0.95, 0.9
 
 
 def now_ms() -> int:
@@ -60,7 +62,7 @@ class Service:
         try:
             self._store = Store(config.database_url)
             self.epoch: Epoch = self._store.begin_term(now_ms(), self._leadership.holder)
-            state = recover(self._store, config.federation, config.policy)
+            state = recover(self._store, config.federation, config.policy, config.store, now_ms())
         except BaseException:
             self._leadership.release()
             raise
@@ -101,6 +103,7 @@ class Service:
         if self._system is not None:
             await watch_disconnects(self._system, self._happened)
         self._tasks.append(asyncio.create_task(self._tick(), name="ticks"))
+        self._tasks.append(asyncio.create_task(self._measure(), name="room at the broker"))
         await self._http.start()
         self._reading.recovered = True
         log.info("leading", extra={"epoch": self.epoch, "jobs": len(self._loop.state.jobs), "http": self.url})
@@ -159,16 +162,44 @@ class Service:
         """Create the streams, as often as it takes: the broker may have come back without its data."""
         while True:
             try:
-                await self._streams.ensure(subjects.STREAMS, max_bytes=_max_bytes(self._config.store))
+                keep_ms = int(self._config.store.keep_results_days * subjects.DAY_MS)
+                await self._streams.ensure(subjects.streams(keep_ms), max_bytes=_max_bytes(self._config.store))
                 return
             except TransportError as error:
                 log.warning("streams not ensured yet", extra={"reason": str(error)})
                 await asyncio.sleep(ENSURE_RETRY_S)
 
+    async def _measure(self) -> None:
+        """Look how full the broker's streams are; what is full refuses new orders until a tenth of it is free again."""
+        full = ""
+        most = _max_bytes(self._config.store)
+        while True:
+            try:
+                used = {name: await self._streams.used_bytes(name) for name in most}
+            except TransportError as error:
+                log.debug("room at the broker not measured", extra={"reason": str(error)})
+            else:
+                share = FREE_AGAIN if full else FULL_FROM
+                crowded = {name: used[name] for name in most if used[name] >= share * most[name]}
+                now = _full_sentence(crowded, most) if crowded else ""
+                if now != full:
+                    full = now
+                    log.warning("room at the broker", extra={"full": full or "there is room again"})
+                    self._happened(StoreMeasured(full))
+            await asyncio.sleep(MEASURE_S)
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._config.policy.tick_ms / 1000)
             self._loop.offer(Arrival(Ticked()))
+
+
+def _full_sentence(used: dict[str, int], most: dict[str, int]) -> str:
+    parts = [f"{name} has {used[name] / 1e9:,.2f} of {most[name] / 1e9:,.2f} GB" for name in used]
+    return (
+        f"The mesh's store is nearly full ({', '.join(parts)}), so it takes no new orders; accepted ones go on. Delete results that "
+        "you do not need (edif rm JOB), try again later, or ask the coordinator's operator for more room ([store] in its settings)."
+    )
 
 
 def _max_bytes(store: StoreConfig) -> dict[str, int]:

@@ -112,6 +112,20 @@ class Store:
         query = select(table).where(table.c.terminal.is_(True)).order_by(table.c.updated_at_ms.desc()).limit(limit)
         return [_job(row) for row in self._rows(query)]
 
+    def ended_since(self, since_ms: int) -> Iterator[StoredJob]:
+        """Yield the jobs that have ended or changed since, oldest first, in pages: their results may be kept."""
+        table, after = _table(JobRow), (since_ms, "")
+        while True:
+            later = (table.c.updated_at_ms > after[0]) | (
+                (table.c.updated_at_ms == after[0]) & (table.c.job > after[1])
+            )
+            query = select(table).where(table.c.terminal.is_(True), later)
+            rows = self._rows(query.order_by(table.c.updated_at_ms, table.c.job).limit(_PAGE))
+            yield from (_job(row) for row in rows)
+            if len(rows) < _PAGE:
+                return
+            after = (rows[-1].updated_at_ms, rows[-1].job)
+
     def job(self, job: JobId) -> StoredJob | None:
         """Return one job, or None."""
         table = _table(JobRow)

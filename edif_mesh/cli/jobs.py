@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
 from edif_mesh.cli.exit_codes import FAILED, OK
@@ -27,8 +28,8 @@ def show_jobs(*, limit: int, json: bool) -> int:
         as_json(found)
         return OK
     table(
-        ("JOB", "STATE", "MODEL", "SUBMITTED", "WHAT"),
-        [(j.job, j.status.value, j.model.repo_id, ago(j.submitted_at_ms), _short(j.text)) for j in found],
+        ("JOB", "STATE", "MODEL", "SUBMITTED", "KEPT", "WHAT"),
+        [(j.job, j.status.value, j.model.repo_id, ago(j.submitted_at_ms), _kept(j), _short(j.text)) for j in found],
         empty="You have no jobs here.",
     )
     return OK
@@ -42,7 +43,7 @@ def show_job(*, job: str, json: bool) -> int:
         return OK
     say(f"{found.job}  {found.status.value}  {found.model.repo_id}" + (f"  ({found.name})" if found.name else ""))
     say(found.text.splitlines()[0] if found.text else "")
-    say(f"Submitted {ago(found.submitted_at_ms)}, last change {ago(found.updated_at_ms)}.")
+    say(f"Submitted {ago(found.submitted_at_ms)}, last change {ago(found.updated_at_ms)}. Result kept: {_kept(found)}.")
     table(
         ("ATTEMPT", "SITE", "STATE", "RUN TIME", "PEAK MEMORY", "RESULT", "WHY"),
         [
@@ -65,6 +66,15 @@ def show_job(*, job: str, json: bool) -> int:
     if found.failure is not None:
         say("\n" + found.failure.text)
     return OK
+
+
+def _kept(snapshot: JobSnapshot) -> str:
+    """How large its result is at the mesh, and until when it is there."""
+    if snapshot.deleted_at_ms is not None:
+        return "deleted"
+    if not snapshot.result_bytes or snapshot.keep_until_ms is None:
+        return "-"
+    return f"{gigabytes(snapshot.result_bytes)} until {time.strftime('%d %b', time.localtime(snapshot.keep_until_ms / 1000))}"
 
 
 def _receipt(receipt: Receipt) -> str:
@@ -104,6 +114,30 @@ def cancel_job(*, job: str, reason: str, json: bool) -> int:
 
     found = asyncio.run(ask())
     as_json(found) if json else say(f"{found.job}: {found.text}")
+    return OK
+
+
+def delete_jobs(*, jobs: tuple[str, ...], yes: bool, json: bool) -> int:
+    """Ask, then have each deleted; says how far it is."""
+    if not yes and not json and sys.stdin.isatty():
+        what = jobs[0] if len(jobs) == 1 else f"{len(jobs)} jobs"
+        if input(f"Delete payload, result and printed lines of {what}? This cannot be undone. [y/N] ").lower() not in (
+            "y",
+            "yes",
+        ):
+            say("Nothing was deleted.")
+            return FAILED
+
+    async def ask() -> list[JobSnapshot]:
+        async with await Mesh.connect(name="cli") as mesh:
+            return [await mesh.job(job).delete() for job in jobs]
+
+    found = asyncio.run(ask())
+    if json:
+        as_json(found)
+    else:
+        for snapshot in found:
+            say(f"{snapshot.job}: {snapshot.text}")
     return OK
 
 

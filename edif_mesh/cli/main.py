@@ -154,6 +154,18 @@ def cancel(
 
 
 @app.command()
+def rm(
+    jobs: Annotated[list[str], typer.Argument(help="Job ids, as `edif jobs` lists them.", metavar="JOB...")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete what the mesh keeps of ended jobs (payload, result, printed lines), at the broker and at all sites."""
+    from edif_mesh.cli.jobs import delete_jobs
+
+    _run(delete_jobs, jobs=tuple(jobs), yes=yes, json=json)
+
+
+@app.command()
 def logs(
     job: JobArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,

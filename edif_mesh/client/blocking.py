@@ -17,6 +17,7 @@ from edif_mesh.wire.messages import JobSnapshot, MeshView
 
 if TYPE_CHECKING:
     from edif_mesh.client.backend import MeshBackend
+    from edif_mesh.results.lazy import LazyResult
 
 T = TypeVar("T")
 
@@ -121,6 +122,10 @@ class BlockingJob:
         """See `Job.result`."""
         return self._mesh.run(self._job.result(on_update=on_update, progress=progress, classes=classes))
 
+    def open(self, *, classes: dict[str, type] | None = None) -> LazyResult:
+        """See `Job.open`; `result["acts"][:, -1]` fetches what it needs."""
+        return self._mesh.run(self._job.open(classes=classes, run=self._mesh.run))
+
     def receipt(self) -> Receipt | None:
         """See `Job.receipt`."""
         return self._mesh.run(self._job.receipt())
@@ -128,6 +133,10 @@ class BlockingJob:
     def cancel(self, reason: str = "cancelled by the researcher") -> JobSnapshot:
         """See `Job.cancel`."""
         return self._mesh.run(self._job.cancel(reason))
+
+    def delete(self) -> JobSnapshot:
+        """See `Job.delete`."""
+        return self._mesh.run(self._job.delete())
 
     def __repr__(self) -> str:
         return repr(self._job)

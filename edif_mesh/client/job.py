@@ -25,6 +25,7 @@ from edif_mesh.errors import (
     NotConnectedError,
     NotFoundError,
     RefusedError,
+    ResultGoneError,
     TransportError,
     UserCodeError,
     WireError,
@@ -32,15 +33,17 @@ from edif_mesh.errors import (
 from edif_mesh.results.forms import FormOpener
 from edif_mesh.results.manifest import check_manifest, check_sizes
 from edif_mesh.results.transfer_read import ResultReader
-from edif_mesh.results.transfer_sinks import BufferSink, FileSink, Sink
+from edif_mesh.results.transfer_sinks import BufferSink, FileSink, Sink, forget, make_room
 from edif_mesh.transport.ports import Incoming, Subscription
 from edif_mesh.wire import subjects
 from edif_mesh.wire.codec import decode_as
 from edif_mesh.wire.envelope import body_of, kind_of
-from edif_mesh.wire.messages import AskJob, CancelJob, JobSnapshot, Manifest, Order, Refusal, ResultPart
+from edif_mesh.wire.messages import AskJob, CancelJob, DeleteJob, JobSnapshot, Manifest, Order, Refusal, ResultPart
 
 if TYPE_CHECKING:
     from edif_mesh.client.mesh import Mesh
+    from edif_mesh.results.lazy import LazyResult
+    from edif_mesh.results.lazy_tensor import Run
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +173,15 @@ class Job:
         """End the job; what runs is stopped within a second. Raises NotFoundError."""
         return await self._ask(CancelJob(self.id, now_ms(), reason))
 
+    async def delete(self) -> JobSnapshot:
+        """Have the mesh delete the job's payload, result and printed lines, everywhere; what is in our cache goes at once.
+
+        Its record stays: who ran what, where and when. Raises NotFoundError, and RefusedError while the job runs.
+        """
+        snapshot = await self._ask(DeleteJob(self.id, now_ms()))
+        await asyncio.to_thread(forget, self._mesh.config.outbox_dir.parent / "cache", self.id)
+        return snapshot
+
     async def receipt(self) -> Receipt | None:
         """Return what the newest attempt has used, or None before a site has said so.
 
@@ -256,6 +268,8 @@ class Job:
     def verified_manifest(self, snapshot: JobSnapshot) -> Manifest:
         """Return the manifest that the site signed for our order; raises the JobError family, ManifestError."""
         raise_for(snapshot)
+        if snapshot.deleted_at_ms is not None or (snapshot.manifest is None and snapshot.keep_until_ms is not None):
+            raise ResultGoneError(f"{self.id}: {snapshot.text} Run the job again to get its values.")
         if snapshot.manifest is None:
             raise ManifestError(f"The coordinator says that {self.id} succeeded, but gave no manifest.")
         opened = self._mesh.open(snapshot.manifest, Manifest)
@@ -318,6 +332,22 @@ class Job:
         data = self._sink.data
         await self._drop_reader()
         return data
+
+    async def open(self, *, classes: dict[str, type] | None = None, run: Run | None = None) -> LazyResult:
+        """Wait for the end and open the result, of which only the structure is fetched now: `(await job.open())["acts"]`.
+
+        Of a `LazyTensor` what is indexed is fetched, once: it stays in the cache folder, from which also `fetch` of another
+        process goes on. Without `run` (see `BlockingJob.open`) indexing is `await tensor.at(...)`. Raises as `result`.
+        """
+        from edif_mesh.results.lazy import no_waiting, open_result
+
+        await self._drop_reader()
+        last = self._last if self._last is not None and self._last.status.terminal else await self.wait()
+        manifest = self.verified_manifest(last)
+        folder = self._mesh.config.outbox_dir.parent / "cache"
+        await asyncio.to_thread(make_room, folder, manifest.archive_bytes)
+        sink = FileSink(folder / f"{self.id}.{manifest.attempt}.edif")
+        return await open_result(self._reader_into(sink), sink, manifest, run or no_waiting, classes)
 
     async def fetch_to(
         self,
@@ -416,7 +446,7 @@ class Job:
             for queue in self._queues:
                 queue.put_nowait(update)
 
-    async def _ask(self, question: AskJob | CancelJob) -> JobSnapshot:
+    async def _ask(self, question: AskJob | CancelJob | DeleteJob) -> JobSnapshot:
         answer = await self._mesh.ask(question, JobSnapshot)
         if answer.job != self.id:
             raise WireError(f"The answer is about {answer.job}, not about {self.id}; it was not accepted.")

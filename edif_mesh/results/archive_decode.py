@@ -31,8 +31,11 @@ from edif_mesh.results.archive_types import (
 class Decoder:
     """Rebuilds the values of one archive over its storages (one-dimensional uint8 tensors)."""
 
-    def __init__(self, storages: list[torch.Tensor], classes: dict[str, type]) -> None:
-        self._tensors = Tensors(storages)
+    def __init__(
+        self, storages: list[torch.Tensor], classes: dict[str, type], *, tensors: Tensors | None = None
+    ) -> None:
+        """`tensors` makes them in its own way."""
+        self._tensors = tensors or Tensors(storages, sum(storage.numel() for storage in storages))
         self._classes = classes
         self._memo: list[tuple[Any, int, int]] = []
         self._extent = Extent()

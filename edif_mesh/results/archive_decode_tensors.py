@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,11 +37,12 @@ _MOST = 1 << 48
 class Tensors:
     """Makes tensors and arrays over storages (one-dimensional uint8 tensors)."""
 
-    def __init__(self, storages: list[torch.Tensor]) -> None:
+    def __init__(self, storages: Sequence[torch.Tensor], total_bytes: int) -> None:
+        """`total_bytes` of all storages; each is asked for when it is needed."""
         self._storages = storages
         self._clean: set[tuple[int, str]] = set()
         self._taken: set[int] = set()
-        self._room = 8 * sum(storage.numel() for storage in storages) + SMALL_BYTES
+        self._room = 8 * total_bytes + SMALL_BYTES
 
     def storage(self, number: Any) -> torch.Tensor:
         """Return a storage; raises ArchiveError when there is none of that number."""
@@ -68,26 +71,14 @@ class Tensors:
         return made.requires_grad_() if node.get("g") is True else made
 
     def _strided(self, node: dict[str, Any]) -> torch.Tensor:
-        own, storage = DTYPES[str(node["d"])], self.storage(node["s"])
-        dtype = wire_dtype_of(node, own) or own
-        shape, offset = _shape(node["shape"]), as_int(node["o"], 0, _MOST)
-        stride = [as_int(n, 0, _MOST) for n in as_list(node["stride"])]
-        if len(shape) != len(stride):
-            raise ArchiveError("A tensor's shape and strides do not fit each other.")
-        elements, amount = storage.numel() // dtype.itemsize, math.prod(shape)
-        if amount == 0:
-            tensor = torch.empty(0, dtype=dtype).as_strided(shape, stride)
-        else:
-            if offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) >= elements:
-                raise ArchiveError("A tensor reaches beyond its storage.")
-            if amount * dtype.itemsize > max(SMALL_BYTES, MAX_REPEAT * storage.numel()):
-                raise ArchiveError("A tensor repeats its storage too often.")
-            if dtype is torch.bool:
-                self._check_bools(node["s"])
-            typed = storage[: elements * dtype.itemsize].view(dtype)
-            tensor = torch.as_strided(typed, shape, stride, offset)
+        storage = self.storage(node["s"])
+        layout = layout_of(node, storage.numel())
+        own, dtype = layout.own, layout.dtype
+        if layout.amount and dtype is torch.bool:
+            self._check_bools(node["s"])
+        tensor = layout.over(storage)
         if dtype is not own:
-            self._make_room(amount * max(own.itemsize, 8 if dtype is torch.int8 else 0))
+            self._make_room(layout.amount * max(own.itemsize, 8 if dtype is torch.int8 else 0))
             return from_wire(tensor, node, own)
         if node["t"] == "tensor":
             return tensor
@@ -169,6 +160,47 @@ class Tensors:
             self._check_text(node["s"], dtype.byteorder)
         order: Any = "F" if node["t"] == "ndarray_by_column" else "C"
         return raw.view(dtype).reshape(shape, order=order) if raw.nbytes else np.empty(shape, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a strided tensor lies in its storage; offset and strides in elements of `dtype`."""
+
+    own: torch.dtype
+    dtype: torch.dtype
+    """In which it was sent: its own, or a wire dtype."""
+    shape: list[int]
+    stride: list[int]
+    offset: int
+
+    @property
+    def amount(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    def over(self, storage: torch.Tensor) -> torch.Tensor:
+        """Return the tensor over its storage, uint8 of one dimension, on any device."""
+        if not self.amount:
+            return torch.empty(0, dtype=self.dtype).as_strided(self.shape, self.stride)
+        typed = storage[: storage.numel() // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
+        return torch.as_strided(typed, self.shape, self.stride, self.offset)
+
+
+def layout_of(node: dict[str, Any], storage_bytes: int) -> Layout:
+    """Return where the tensor of a strided node lies in a storage of so many bytes; raises ArchiveError."""
+    own = DTYPES[str(node["d"])]
+    dtype = wire_dtype_of(node, own) or own
+    shape, offset = _shape(node["shape"]), as_int(node["o"], 0, _MOST)
+    stride = [as_int(n, 0, _MOST) for n in as_list(node["stride"])]
+    if len(shape) != len(stride):
+        raise ArchiveError("A tensor's shape and strides do not fit each other.")
+    layout = Layout(own, dtype, shape, stride, offset)
+    if layout.amount:
+        if offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) >= storage_bytes // dtype.itemsize:
+            raise ArchiveError("A tensor reaches beyond its storage.")
+        if layout.amount * dtype.itemsize > max(SMALL_BYTES, MAX_REPEAT * storage_bytes):
+            raise ArchiveError("A tensor repeats its storage too often.")
+    return layout
 
 
 def _shape(value: Any) -> list[int]:

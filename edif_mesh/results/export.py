@@ -14,6 +14,7 @@ import torch
 
 from edif_mesh.errors import ResultError
 from edif_mesh.results.archive_types import CACHES, DTYPES, Record
+from edif_mesh.results.lazy_tensor import LazyTensor
 from edif_mesh.results.nnsight_types import ActivationCache
 
 MAX_LEAVES = 1_000_000
@@ -28,8 +29,6 @@ def to_safetensors(values: Mapping[str, Any], path: Path) -> list[str]:
 
     Raises ResultError when there is no tensor at all, two leaves get the same name, or the dense tensors pass a limit.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
     left_out: list[str] = []
     size = 0
@@ -43,12 +42,40 @@ def to_safetensors(values: Mapping[str, Any], path: Path) -> list[str]:
         elif name in tensors:
             raise ResultError(f"Two saved tensors would both be called {name!r} in the file; fetch it as it is.")
         else:
-            tensors[name] = tensor.contiguous()
+            tensors[name] = tensor
     if not tensors:
         raise ResultError("The result holds no tensor, so there is nothing to write as safetensors.")
-    _separate(tensors)
-    save_file(tensors, str(path), metadata={"format": "pt", "left_out": json.dumps(left_out)})
+    _write(tensors, path, {"format": "pt", "left_out": json.dumps(left_out)})
     return left_out
+
+
+def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file a piece at a time: the library's own writer holds all of it in memory, as bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _HELD[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for piece in _pieces(tensor):
+                file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor in rows that together take some MB, so that only these are copied where it is not contiguous."""
+    if not tensor.numel():
+        return
+    size = tensor.numel() * tensor.element_size()
+    if not tensor.dim() or size <= _PIECE_BYTES:
+        yield tensor
+        return
+    rows = max(1, _PIECE_BYTES * tensor.shape[0] // size)
+    yield from tensor.split(rows)
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,18 +116,25 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
     return []
 
 
+_PIECE_BYTES = 4 << 20
 _HELD = {
-    DTYPES[name]
-    for name in (
-        "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz complex64 "
-        "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
-    ).split()
+    DTYPES[name]: told
+    for name, told in (
+        pair.split(":")
+        for pair in (
+            "float64:F64 float32:F32 float16:F16 bfloat16:BF16 float8_e4m3fn:F8_E4M3 float8_e5m2:F8_E5M2 "
+            "float8_e4m3fnuz:F8_E4M3FNUZ float8_e5m2fnuz:F8_E5M2FNUZ complex64:C64 int64:I64 int32:I32 int16:I16 "
+            "int8:I8 uint64:U64 uint32:U32 uint16:U16 uint8:U8 bool:BOOL"
+        ).split()
+    )
 }
-"""The dtypes that every release of safetensors holds that this one is tested with."""
+"""The dtypes that every release of safetensors holds that this one is tested with, and its names for them."""
 
 
 def _dense(leaf: Any) -> torch.Tensor | None:
     """The leaf as a tensor that safetensors can hold, else None."""
+    if isinstance(leaf, LazyTensor):
+        leaf = leaf.mapped()
     if isinstance(leaf, torch.Tensor):
         fits = leaf.layout is torch.strided and not leaf.is_quantized and leaf.dtype in _HELD
         return leaf.detach().resolve_conj().resolve_neg() if fits else None
@@ -110,13 +144,3 @@ def _dense(leaf: Any) -> torch.Tensor | None:
         except (TypeError, ValueError):
             return None
     return None
-
-
-def _separate(tensors: dict[str, torch.Tensor]) -> None:
-    """safetensors refuses tensors that share memory: give every later one its own."""
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        where = tensor.untyped_storage().data_ptr()
-        if where and where in seen:
-            tensors[name] = tensor.clone()
-        seen.add(where)

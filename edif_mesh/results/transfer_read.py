@@ -77,6 +77,11 @@ class ResultReader:
         self._progress: Progress | None = None
 
     @property
+    def fetched_bytes(self) -> int:
+        """What has come over the wire so far."""
+        return self._stats.fetched_bytes
+
+    @property
     def follower(self) -> Follower:
         """What is known of the result while the job still runs."""
         return self._follower

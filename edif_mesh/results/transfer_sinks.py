@@ -156,6 +156,11 @@ class FileSink:
         """Return bytes that were placed before."""
         return os.pread(self._file, size, start)
 
+    def map(self, archive_bytes: int) -> memoryview:
+        """Return all of it, also what is not there yet, as it lies in the file; zeros where nothing is. Not to be written to."""
+        os.ftruncate(self._file, archive_bytes)
+        return memoryview(mmap.mmap(self._file, archive_bytes))
+
     def finish(self, archive_bytes: int) -> None:
         """Make it durable and give it its name; raises StoreFullError."""
         try:
@@ -198,6 +203,29 @@ class FileSink:
                 except (ValueError, OverflowError, ManifestError):  # the line that a crash has torn
                     continue
         return there
+
+
+def make_room(folder: Path, size: int, most_bytes: int = 32 << 30) -> None:
+    """Delete what was used longest ago in a cache folder until `size` more bytes fit below `most_bytes`."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    there = []
+    for path in folder.glob("*.part"):
+        with suppress(OSError):
+            info = path.stat()
+            there.append((info.st_mtime, info.st_blocks * 512, path))
+    kept = sum(used for _, used, _ in there) + size
+    for _, used, path in sorted(there):
+        if kept <= most_bytes:
+            return
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".have").unlink(missing_ok=True)
+        kept -= used
+
+
+def forget(folder: Path, job: JobId) -> None:
+    """Delete what a cache folder holds of a job."""
+    for path in folder.glob(f"{job}.*"):
+        path.unlink(missing_ok=True)
 
 
 def _write(file: int, start: int, data: memoryview) -> None:

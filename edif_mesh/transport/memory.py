@@ -264,6 +264,10 @@ class MemoryStreams:
             if found and matches(subject, stored.subject):
                 found.remove(stored.sequence)
 
+    async def used_bytes(self, stream: str) -> int:
+        """Return what the stream takes of its limit."""
+        return self._stream(stream).size
+
     async def subjects(self, stream: str, subject: str) -> dict[str, int]:
         """Return how many messages each subject under `subject` holds."""
         counts: dict[str, int] = {}

@@ -107,6 +107,10 @@ class NatsStreams:
             if error.number != STREAM_NOT_FOUND:
                 raise
 
+    async def used_bytes(self, stream: str) -> int:
+        """Return what the stream takes of its limit."""
+        return int((await self._link.api(f"STREAM.INFO.{stream}", {}))["state"]["bytes"])
+
     async def subjects(self, stream: str, subject: str) -> dict[str, int]:
         """Return how many messages each subject under `subject` holds."""
         found: dict[str, int] = {}

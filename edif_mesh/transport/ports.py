@@ -111,6 +111,9 @@ class Streams(Protocol):
     async def purge(self, stream: str, subject: str) -> None:
         """Delete all messages of `subject`; silent when there are none."""
 
+    async def used_bytes(self, stream: str) -> int:
+        """Return what the stream takes of its limit; raises NoReplyError, NotConnectedError."""
+
     async def subjects(self, stream: str, subject: str) -> dict[str, int]:
         """Return how many messages each subject under `subject` holds; what is missing from a transfer shows here."""
 

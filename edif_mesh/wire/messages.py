@@ -115,6 +115,18 @@ class CancelJob:
 
 
 @dataclass(frozen=True, slots=True)
+class DeleteJob:
+    """Researcher -> coordinator: delete payload, result and printed lines of this ended job, everywhere.
+
+    Answered with a `JobSnapshot` once that is recorded; idempotent. What the record keeps is who ran what, where and when.
+    """
+
+    job: JobId
+    issued_at_ms: int
+    kind: Literal["delete_job"] = "delete_job"
+
+
+@dataclass(frozen=True, slots=True)
 class AskJob:
     """Researcher -> coordinator: what is the state of this job? Answered with a `JobSnapshot` or a `Refusal`."""
 
@@ -227,6 +239,8 @@ class LeaseRenewed:
     issued_at_ms: int
     lease_ms: int
     attempts: tuple[AttemptLease, ...]
+    drop: tuple[JobId, ...] = ()
+    """Deleted jobs: the site drops what it holds of them, and says so in its next advert."""
     kind: Literal["lease_renewed"] = "lease_renewed"
 
 
@@ -294,6 +308,8 @@ class Advert:
     """Of `models_bytes`: neither taken by a model nor promised to one."""
     evictable_bytes: int = 0
     """Of `models_bytes`: taken by models that could be evicted now."""
+    dropped: tuple[JobId, ...] = ()
+    """Deleted jobs of which nothing is held here any more, until the coordinator asks no longer."""
     kind: Literal["advert"] = "advert"
 
 
@@ -455,6 +471,12 @@ class JobSnapshot:
     why: tuple[SiteVerdict, ...] = ()
     order_digest: Digest = Digest("")
     epoch: Epoch = Epoch(0)
+    result_bytes: int = 0
+    """What is kept of its result."""
+    keep_until_ms: int | None = None
+    """Until when; None when there is no result."""
+    deleted_at_ms: int | None = None
+    """When its owner had it deleted."""
     kind: Literal["job_snapshot"] = "job_snapshot"
 
 
@@ -538,6 +560,7 @@ class LogLines:
 Message = (
     Order
     | CancelJob
+    | DeleteJob
     | AskJob
     | AskJobs
     | AskMesh
@@ -562,6 +585,7 @@ Message = (
 SIGNED_BY: dict[str, frozenset[Role]] = {
     "order": frozenset({Role.RESEARCHER, Role.GATEWAY}),
     "cancel_job": frozenset({Role.RESEARCHER, Role.GATEWAY}),
+    "delete_job": frozenset({Role.RESEARCHER, Role.GATEWAY}),
     "ask_job": frozenset({Role.RESEARCHER, Role.GATEWAY}),
     "ask_jobs": frozenset({Role.RESEARCHER, Role.GATEWAY}),
     "ask_mesh": frozenset({Role.RESEARCHER, Role.GATEWAY}),

@@ -5,7 +5,7 @@ A subject is an address, never a proof of origin: the server does not check repl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edif_mesh.domain.ids import AttemptNumber, JobId, KeyId, SiteId
 
@@ -37,6 +37,12 @@ STREAMS: tuple[StreamSpec, ...] = (
     StreamSpec(RESULTS_STREAM, f"{ROOT}.result.*.*.*", 7 * DAY_MS, one_message_a_subject=True),
     StreamSpec(LOGS_STREAM, f"{ROOT}.log.*.*", 7 * DAY_MS, one_message_a_subject=False),
 )
+
+
+def streams(keep_ms: int) -> tuple[StreamSpec, ...]:
+    """Return the streams where results and printed lines are kept for `keep_ms`."""
+    kept = (RESULTS_STREAM, LOGS_STREAM)
+    return tuple(replace(spec, max_age_ms=keep_ms) if spec.name in kept else spec for spec in STREAMS)
 
 
 def order(key: KeyId) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-from edif_mesh.domain.ids import Epoch
+from edif_mesh.domain.ids import Epoch, JobId
 from edif_mesh.domain.site import SiteStatus
 from edif_mesh.wire.messages import Report
 from site_agent.core.state import AttemptKey, Held, Model, Now, Pair, State
@@ -122,13 +122,22 @@ class AdvertAnswered:
 
 
 @dataclass(frozen=True, slots=True)
+class JobsDropped:
+    """Nothing is held any more of these deleted jobs; the next advert says so."""
+
+    jobs: tuple[JobId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StatusChanged:
     """The site opens, or drains."""
 
     status: SiteStatus
 
 
-Volatile = HeldChanged | Reported | ModelChanged | ModelUsed | AdvertNumbered | AdvertAnswered | StatusChanged
+Volatile = (
+    HeldChanged | Reported | ModelChanged | ModelUsed | AdvertNumbered | AdvertAnswered | StatusChanged | JobsDropped
+)
 Change = Durable | Volatile
 
 
@@ -161,6 +170,8 @@ def evolve(state: State, change: Change) -> None:
             state.advert_sequence = sequence
         case AdvertAnswered(sequence):
             state.renewed_sequence = sequence
+        case JobsDropped(jobs):
+            state.dropped = jobs
         case StatusChanged(status):
             state.status = status
         case _:

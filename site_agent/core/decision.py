@@ -25,6 +25,7 @@ from site_agent.core.changes import (
     Change,
     EpochRaised,
     HeldChanged,
+    JobsDropped,
     ModelChanged,
     ModelUsed,
     OldForgotten,
@@ -33,7 +34,7 @@ from site_agent.core.changes import (
     ReportSettled,
     StatusChanged,
 )
-from site_agent.core.effects import Decision, DropResult, Effect, SendAdvert, SendReport, StartAttempt
+from site_agent.core.effects import Decision, DropJobs, DropResult, Effect, SendAdvert, SendReport, StartAttempt
 from site_agent.core.state import AttemptKey, Held, Model, Now, State
 
 RESTART_GAP = 1_000
@@ -213,6 +214,11 @@ def _renew(renewal: LeaseRenewed, sent_monotonic_ms: int, state: State, now: Now
             ended = end(state, held.key, AttemptStatus.CANCELLED, now, detail="superseded", kill="superseded")
             record += ended.record
             act += ended.act
+    if fresh := tuple(job for job in renewal.drop if job not in state.dropped):
+        record.append(Audited("dropped", f"deleted by their owners: {', '.join(fresh)}"))
+        act += [DropJobs(fresh), SendAdvert()]
+    if renewal.drop != state.dropped:
+        record.append(JobsDropped(renewal.drop))
     return Decision(tuple(record), tuple(act))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edif_mesh.domain.ids import JobId
 from edif_mesh.domain.job import Failure
 from edif_mesh.wire.messages import Report
 from site_agent.core.changes import Change
@@ -58,7 +59,14 @@ class DropResult:
     key: AttemptKey
 
 
-Effect = StartAttempt | KillAttempt | SendReport | LoadModel | EvictModel | SendAdvert | DropResult
+@dataclass(frozen=True, slots=True)
+class DropJobs:
+    """Delete all that is held of these jobs: their owners want that."""
+
+    jobs: tuple[JobId, ...]
+
+
+Effect = StartAttempt | KillAttempt | SendReport | LoadModel | EvictModel | SendAdvert | DropResult | DropJobs
 
 
 @dataclass(frozen=True, slots=True)

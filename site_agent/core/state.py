@@ -145,6 +145,8 @@ class State:
     """The sequence of the newest report of each attempt that waits for its acknowledgement."""
     models: dict[str, Model] = field(default_factory=dict)
     """By repo id."""
+    dropped: tuple[JobId, ...] = ()
+    """Deleted jobs of which nothing is held any more, as the coordinator last named them."""
     note: str = ""
     """Why this site runs nothing, for as long as the agent lives; empty: it does."""
     trouble: str = ""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from edif_mesh.config import DirectConfig, SiteConfig
-from edif_mesh.domain.ids import JobId
 from edif_mesh.errors import ConfigError
 from edif_mesh.wire.messages import DirectEndpoint
 from site_agent.direct.certificate import certificate
@@ -68,10 +67,6 @@ class DirectKeeper:
     def endpoints(self) -> tuple[DirectEndpoint, ...]:
         """What manifests name now."""
         return (self._endpoint,) if self.serving.is_set() else ()
-
-    def drop(self, job: JobId) -> None:
-        """Delete what is kept of a job; idempotent. Waits for the disk: for a thread."""
-        self.store.drop(job)
 
     async def run(self) -> None:
         """Keep the process alive and the store within its time, until cancelled."""

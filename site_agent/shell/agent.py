@@ -18,6 +18,7 @@ from edif_mesh.transport.ports import Bus, Streams, Subscription
 from edif_mesh.wire import subjects
 from site_agent import hardware
 from site_agent.core.effects import (
+    DropJobs,
     DropResult,
     Effect,
     EvictModel,
@@ -177,6 +178,8 @@ class SiteAgent:
                 self.heartbeat.soon()
             case DropResult():
                 pass
+            case DropJobs(jobs):
+                self._attempts.drop(jobs)
 
     def _link_changed(self, connected: bool) -> None:
         if connected:

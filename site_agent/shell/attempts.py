@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edif_mesh.domain.attempt import Blame, Receipt
-from edif_mesh.domain.ids import SiteId
+from edif_mesh.domain.ids import JobId, SiteId
 from edif_mesh.domain.job import Failure, Limits
 from edif_mesh.errors import ChunkError, EdifError, RunnerError, StoreFullError
 from edif_mesh.identity.keys import PrivateKey
@@ -113,6 +113,13 @@ class Attempts:
         telling = asyncio.ensure_future(self._with.tell(AttemptStopped(key)))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
+
+    def drop(self, jobs: Iterable[JobId]) -> None:
+        """Forget what is held of deleted jobs: their chunks are lent to no later result, and served to nobody."""
+        for job in jobs:
+            self._with.shared.drop(job)
+            if self._with.direct is not None:
+                self._with.direct.store.drop(job)
 
     async def finished(self) -> None:
         """Wait until none is left."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from edif_mesh.domain.ids import JobId
-from edif_mesh.errors import NoReplyError, NotConnectedError
+from edif_mesh.errors import NoReplyError, NotConnectedError, StoreFullError
 from edif_mesh.results.manifest import ManifestParts
 from edif_mesh.results.payloads import get_payload
 from edif_mesh.results.transfer import Announce, Form, ResultWriter
@@ -18,7 +18,7 @@ from site_agent.shell.spool import Cut, Spool
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 0.5
+_RETRY_S, _ROOM_S = 0.5, 2.0
 _PAYLOAD_PATIENCE_S = 2.0
 
 
@@ -71,11 +71,12 @@ class _PatientBulk:
         while True:
             try:
                 return await self._bulk.store(subject, pieces, message_id=message_id, timeout_ms=timeout_ms)
-            except (NoReplyError, NotConnectedError) as error:
+            except (NoReplyError, NotConnectedError, StoreFullError) as error:
                 if self._closed:
                     raise
-                log.info("result waits", extra={"subject": subject, "text": str(error)})
-                await asyncio.sleep(_RETRY_S)
+                # A full store takes no new orders, and what was accepted is not lost for want of room: it waits for some.
+                log.warning("result waits", extra={"subject": subject, "text": str(error)})
+                await asyncio.sleep(_ROOM_S if isinstance(error, StoreFullError) else _RETRY_S)
 
     async def get(self, stream: str, subject: str) -> Arrived | None:
         return await self._bulk.get(stream, subject)

@@ -118,6 +118,7 @@ def build_advert(state: State, now: Now) -> Advert:
         models_bytes=policy.models_bytes,
         free_models_bytes=state.free_models_bytes,
         evictable_bytes=evictable_bytes(state, now),
+        dropped=state.dropped,
     )
 
 

@@ -93,7 +93,9 @@ async def test_values_are_seen_while_their_job_runs(client: Path) -> None:
                 seen[name] = value
                 if len(seen) == 2:
                     break
-        assert_same(dict(sorted(seen.items())), {"acts[0]": torch.full((10,), 2.0), "first": torch.full((100_000,), 1.0)})
+        assert_same(
+            dict(sorted(seen.items())), {"acts[0]": torch.full((10,), 2.0), "first": torch.full((100_000,), 1.0)}
+        )
         assert (await job.status()).status is JobStatus.RUNNING
         late = mesh.job(job.id)  # who comes later sees them too
         async with asyncio.timeout(60):

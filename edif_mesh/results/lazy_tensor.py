@@ -91,7 +91,8 @@ class LazyTensor:
         """
         self.fetch()
         tensor = self._whole()
-        _check_bools(tensor)
+        if tensor.dtype is torch.bool:
+            _bools(tensor.view(torch.uint8))
         return tensor if self._layout.dtype is self.dtype else from_wire(tensor, self._node, self.dtype)
 
     def fetch(self) -> None:
@@ -115,8 +116,12 @@ class LazyTensor:
         return self._layout.over(raw)
 
     def _made(self, index: Index) -> torch.Tensor:
-        tensor = self._whole()[index].clone()
-        _check_bools(tensor)
+        tensor = self._whole()
+        if tensor.dtype.itemsize == 1:  # as bytes: torch copies no four bits, and makes any byte true
+            tensor = tensor.view(torch.uint8)[index].clone()
+            tensor = tensor.view(self._layout.dtype) if self._layout.dtype is not torch.bool else _bools(tensor)
+        else:
+            tensor = tensor[index].clone()
         if self._layout.dtype is not self.dtype:
             tensor = from_wire(tensor, self._node, self.dtype)
         return tensor.requires_grad_() if self.requires_grad else tensor
@@ -128,9 +133,10 @@ class LazyTensor:
         return touched(index, self._layout.over(torch.empty(self._size, dtype=torch.uint8, device="meta")), self._start)
 
 
-def _check_bools(tensor: torch.Tensor) -> None:
-    if tensor.dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+def _bools(data: torch.Tensor) -> torch.Tensor:
+    if data.numel() and int(data.max()) > 1:
         raise ArchiveError("A tensor of bool holds bytes that are neither 0 nor 1.")
+    return data.view(torch.bool)
 
 
 def no_waiting(work: Coroutine[Any, Any, None]) -> None:

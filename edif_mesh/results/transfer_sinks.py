@@ -199,6 +199,7 @@ class FileSink:
                 self._list.close()
             self._list = None
         if self._file >= 0:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a map of the file holds the descriptor
             os.close(self._file)
             self._file = -1
 

@@ -27,8 +27,6 @@ def normal(index: Any) -> Index:
 def _part(part: Any) -> Any:
     if part is None or part is ... or isinstance(part, slice | bool | int):
         return part
-    if isinstance(part, np.bool_):
-        return bool(part)
     if isinstance(part, np.integer):
         return operator.index(part)
     try:

@@ -140,7 +140,7 @@ class FileSink:
                 self._take_nameless()
                 return {}
             there = self._look(head)
-            self._list = self._have.open("w", buffering=1)
+            self._list = self._have.open("w", buffering=1)  # a line is there when its chunk is, also if we are killed
             self._list.write(json.dumps(head) + "\n")
             self._list.writelines(line + "\n" for _, line in there.values())
         except OSError as error:

@@ -134,7 +134,7 @@ class FileSink:
             self._file = os.open(
                 self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if there else os.O_TRUNC), 0o600
             )
-            self._list = self._have.open("w")
+            self._list = self._have.open("w", buffering=1)  # a killed process leaves whole lines
             self._list.write(json.dumps(head) + "\n")
             self._list.writelines(line + "\n" for _, line in there.values())
             self._list.flush()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,18 @@ import torch
 
 from edif_mesh.client.backend import capture
 from edif_mesh.client.mesh import JobSpec, Mesh
+from edif_mesh.config import CoordinatorConfig, load_config, read_password
+from edif_mesh.domain.ids import AttemptNumber
 from edif_mesh.domain.job import JobStatus
 from edif_mesh.errors import ConfigError, RefusedError, ResultGoneError
+from edif_mesh.results.archive import read
+from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire import subjects
-from tests.mesh import RunningMesh, running_mesh
+from tests import traces
+from tests.mesh import RunningMesh, environment, running_mesh
 from tests.models import tiny_gpt2
+from tests.raw_client import RawClient
+from tests.raw_client import load as loaded
 from tests.same_values import assert_same
 from tests.submitting import load
 
@@ -93,7 +103,9 @@ async def test_values_are_seen_while_their_job_runs(client: Path) -> None:
                 seen[name] = value
                 if len(seen) == 2:
                     break
-        assert_same(dict(sorted(seen.items())), {"acts[0]": torch.full((10,), 2.0), "first": torch.full((100_000,), 1.0)})
+        assert_same(
+            dict(sorted(seen.items())), {"acts[0]": torch.full((10,), 2.0), "first": torch.full((100_000,), 1.0)}
+        )
         assert (await job.status()).status is JobStatus.RUNNING
         late = mesh.job(job.id)  # who comes later sees them too
         async with asyncio.timeout(60):
@@ -173,6 +185,69 @@ async def test_the_same_values_are_stored_once_in_a_session(client: Path) -> Non
         assert_same(await elsewhere.job(second.id).result(), wanted())
         await elsewhere.job(second.id).delete()
         await deleted(elsewhere, first.id)
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from edif_mesh.client.mesh import Mesh
+
+def die(done, of):
+    if 0 < done < of:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    async with await Mesh.connect(Path(sys.argv[1])) as mesh:
+        await mesh.job(sys.argv[2]).fetch_to(Path(sys.argv[3]), progress=die)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_fetch_that_was_killed_is_gone_on_with_and_takes_nothing_twice(
+    mesh: RunningMesh, client: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "result.edif"
+    async with await Mesh.connect(client) as connected:
+        job = await connected.submit(*a_job(activations, compression="off"), follow=False)
+        await job.wait()
+        command = [sys.executable, "-c", KILLED, str(client), job.id, str(target)]
+        killed = await asyncio.to_thread(subprocess.run, command, env=environment(), timeout=60)
+        assert killed.returncode == -signal.SIGKILL
+        assert not target.exists()
+        there = [int(line.split()[0]) for line in target.with_name("result.edif.part.have").open() if line[0] != "{"]
+        assert there
+    await purge(mesh, *(subjects.result_chunk(job.id, AttemptNumber(1), number) for number in there))
+    # What the killed one had cannot be had from the broker any more.
+    async with await Mesh.connect(client) as connected:
+        size = await connected.job(job.id).fetch_to(target)
+    assert size == target.stat().st_size
+    assert_same(dict(read(target.read_bytes())), wanted())
+    assert [path.name for path in tmp_path.iterdir()] == ["result.edif"]
+
+
+async def purge(mesh: RunningMesh, *names: str) -> None:
+    """Have the broker forget what lies on these subjects of the results."""
+    broker = load_config(CoordinatorConfig, mesh.home / "coordinator" / "coordinator.toml").broker
+    connection = await connect(broker.url, name="test", user=broker.user, password=read_password(broker))
+    try:
+        for name in names:
+            await connection.streams.purge(subjects.RESULTS_STREAM, name)
+            assert await connection.streams.subjects(subjects.RESULTS_STREAM, name) == {}
+    finally:
+        await connection.close()
+
+
+def test_the_gateway_gives_a_result_at_its_address_again_after_it_has_removed_the_file(mesh: RunningMesh) -> None:
+    gateway = RawClient(mesh.gateway_url)
+    job = gateway.submit(traces.large(5))
+    address = gateway.poll(job)["data"]
+    first = gateway.http.get(address).content
+    (mesh.home / "gateway-results" / f"{job}.pt").unlink()
+    assert gateway.http.get(address).content == first
+    assert torch.equal(loaded(first)["big"], torch.ones(5 << 18))
+    assert gateway.http.get(address[:-1] + ("A" if address[-1] != "A" else "B")).status_code == 404
+    gateway.http.close()
 
 
 async def test_of_a_lazy_result_only_what_is_indexed_comes(mesh: RunningMesh, client: Path) -> None:

@@ -115,6 +115,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DirectConfig:
+    """Where a site itself serves finished results over HTTPS, and how much of them it keeps."""
+
+    __pydantic_config__ = _STRICT
+
+    url: Annotated[str, Field(pattern=r"^https://[^/@?#\s]+:\d{1,5}$")]
+    """`https://host:port` as researchers reach it; what stands in front must not end TLS."""
+    host: str = "0.0.0.0"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8443
+    keep_bytes: Annotated[int, Field(ge=0)] = 64 << 30
+    """On the site's disk, under `state_dir`; the oldest results go first."""
+    keep_hours: Annotated[int, Field(ge=1)] = 72
+
+
+@dataclass(frozen=True, slots=True)
 class SiteConfig:
     """Settings of `edif-site`."""
 
@@ -159,6 +174,8 @@ class SiteConfig:
     """The profile that runners get; `auto`: the strongest that passes its self-test on this machine."""
     least_sandbox: Literal["base", "namespaced", "strict"] = "base"
     """This site runs nothing rather than under a weaker profile."""
+    direct: DirectConfig | None = None
+    """None: results leave by the broker only."""
     sandbox_command: tuple[str | tuple[str, ...], ...] = ()
     """For `strict`: the runtime in which model hosts start, a command that ends where theirs begins. A part with
     `{readable}` (a text, or a list of texts) is repeated for every folder that a host must be able to read."""
@@ -176,6 +193,8 @@ class ResultsConfig:
     """Floating tensors travel in this dtype and come back in their own, rounded; empty: exact."""
     sealed: bool = False
     """Only we can open our results; broker and coordinator see ciphertext."""
+    direct: bool = True
+    """Large ones come straight from the site where it offers that and it is faster."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from edif_mesh.identity.trust import TrustStore
 from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import Connection, connect
 from edif_mesh.wire.messages import Role
+from site_agent.direct.keeper import direct_keeper
 from site_agent.journal import Journal
 from site_agent.runner.confine import harden_parent
 from site_agent.shell.agent import SiteAgent
@@ -86,7 +87,7 @@ async def _run(config: SiteConfig) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     control, payloads = await _connect(config, "control", stop), await _connect(config, "payloads", stop)
     cargo = Cargo(payloads.streams, NatsBulk.beside(payloads))
-    agent = SiteAgent(config, key, trust, journal, control.bus, control.streams, cargo)
+    agent = SiteAgent(config, key, trust, journal, control.bus, control.streams, cargo, direct_keeper(config))
     try:
         await agent.start()
         announcing = asyncio.create_task(_announce(agent, config))

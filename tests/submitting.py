@@ -24,6 +24,17 @@ def payload_that_beats(repo_id: str, beats: int) -> tuple[bytes, JobSpec]:
     return captured[0]
 
 
+def payload_of_noise(repo_id: str, mebibytes: int) -> tuple[bytes, JobSpec]:
+    """A job that saves so many MiB of random bytes, which no compression makes less."""
+    model = load(repo_id)
+    captured: list[tuple[bytes, JobSpec]] = []
+    with model.trace("hello world", backend=lambda tracer: captured.append(capture(tracer, model))):
+        import torch
+
+        noise = torch.randint(0, 256, (mebibytes << 20,), dtype=torch.uint8).save()
+    return captured[0]
+
+
 def load(repo_id: str) -> Any:
     """A test model by its folder, since this process may have looked at another cache before; by its id for the mesh."""
     os.environ["HF_HUB_OFFLINE"] = "1"

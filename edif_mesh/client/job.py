@@ -379,7 +379,13 @@ class Job:
         sealed = order is None or bool(order.results.seal_to)
         opener = FormOpener(self._mesh.key.sealing_key(self.id) if sealed else None, demanded=order is not None)
         return ResultReader(
-            self._mesh.bulk, self.id, sink, open_part=self._open_part, opener=opener, cache=self._mesh.chunks
+            self._mesh.bulk,
+            self.id,
+            sink,
+            open_part=self._open_part,
+            opener=opener,
+            sources=self._mesh.paths.sources,
+            cache=self._mesh.chunks if order is not None and order.results.session else None,
         )
 
     async def _read(

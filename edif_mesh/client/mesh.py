@@ -31,6 +31,7 @@ from edif_mesh.errors import (
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
 from edif_mesh.results.chunks import ChunkCache
+from edif_mesh.results.paths import Paths
 from edif_mesh.results.payloads import put_payload
 from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import Connection, connect
@@ -98,6 +99,7 @@ class Mesh:
         self.bus, self.streams = connection.bus, connection.streams
         self.bulk = NatsBulk.beside(connection)
         self.outbox = Outbox(config.outbox_dir)
+        self.paths = Paths(self.bulk, lambda asked: seal(asked, key), direct=config.results.direct)
         self._connection = connection
         self._tasks: set[asyncio.Task[Any]] = set()
         self._settling: set[JobId] = set()

@@ -30,6 +30,8 @@ from edif_mesh.wire.messages import Role
 
 FEDERATION = FederationId("local")
 SITE_NAMES = ("ansbach", "heilbronn")
+_KEEP_BYTES, _KEEP_HOURS = 8 << 30, 12
+"""What a local site keeps of its results, beside the broker's copy on the same disk."""
 _ROLES = ("coordinator", "site", "client", "system")
 
 
@@ -89,7 +91,7 @@ def prepare(settings: LocalSettings) -> LocalFederation:
         for folder in (home, home / "logs", home / "coordinator", home / "sites", home / "secrets"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         names = site_names(settings.sites)
-        federation = LocalFederation(settings, _broker_port(home), _passwords(home), names)
+        federation = LocalFederation(settings, _kept_port(home / "nats-port"), _passwords(home), names)
         _keys_and_trust(federation)
         _write_settings(federation)
     except OSError as error:
@@ -102,9 +104,8 @@ def site_names(count: int) -> tuple[SiteId, ...]:
     return tuple(SiteId(SITE_NAMES[n] if n < len(SITE_NAMES) else f"site-{n + 1}") for n in range(count))
 
 
-def _broker_port(home: Path) -> int:
-    """Keep the port of the last start while it is free: clients that wait will find the broker again."""
-    file = home / "nats-port"
+def _kept_port(file: Path) -> int:
+    """Keep the port of the last start while it is free: clients that wait will find it again."""
     try:
         port = int(file.read_text())
         with socket.socket() as probe:
@@ -201,6 +202,7 @@ advert_ms = {settings.advert_ms}
 sandbox = {json.dumps(settings.sandbox)}
 {f"hf_cache = {json.dumps(str(cache))}" if cache else ""}
 {_broker(federation, "site", "../../secrets")}
+{_direct(home / "sites" / site)}
 {models}""",
         )
 
@@ -213,6 +215,14 @@ def _broker(federation: LocalFederation, role: str, folder: str) -> str:
     return (
         f"\n[broker]\nurl = 'nats://127.0.0.1:{federation.broker_port}'\nuser = '{role}'\n"
         f"password_file = '{folder}/{role}.password'\n"
+    )
+
+
+def _direct(folder: Path) -> str:
+    port = _kept_port(folder / "direct-port")
+    return (
+        f"[direct]\nurl = 'https://127.0.0.1:{port}'\nhost = '127.0.0.1'\nport = {port}\n"
+        f"keep_bytes = {_KEEP_BYTES}\nkeep_hours = {_KEEP_HOURS}\n"
     )
 
 

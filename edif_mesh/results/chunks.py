@@ -65,7 +65,7 @@ class ChunkCache:
         """Keep a chunk, whose SHA-256 was checked; the oldest make room."""
         with self._lock:
             if digest not in self._chunks:
-                self._chunks[digest] = stored
+                self._chunks[digest] = memoryview(bytes(stored))  # the view's buffer is larger, and used again
                 self._left -= len(stored)
             while self._left < 0:
                 self._left += len(self._chunks.popitem(last=False)[1])

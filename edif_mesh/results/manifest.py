@@ -10,7 +10,7 @@ from edif_mesh.domain.attempt import Receipt
 from edif_mesh.domain.ids import AttemptNumber, Digest, SiteId, is_digest
 from edif_mesh.errors import ManifestError
 from edif_mesh.results.index import CHUNK_BYTES, ENTRY, MAX_ENTRIES, OWN, Index, root_of, unpack_entries
-from edif_mesh.wire.messages import Lender, Manifest, Order, ResultPart
+from edif_mesh.wire.messages import DirectEndpoint, Lender, Manifest, Order, ResultPart
 
 FORMAT = "edif-archive-2"
 MAX_ARCHIVE_BYTES = 1 << 44
@@ -36,6 +36,7 @@ def build_manifest(
     *,
     receipt: Receipt,
     now_ms: int,
+    direct: tuple[DirectEndpoint, ...] = (),
 ) -> Manifest:
     """Return the manifest that the site signs."""
     raw = parts.index.pack()
@@ -53,6 +54,7 @@ def build_manifest(
         index=packed(parts.index) if len(parts.index) <= ENTRIES_IN_MANIFEST else "",
         lenders=parts.lenders,
         sealed_key=parts.sealed_key,
+        direct=direct,
     )
 
 

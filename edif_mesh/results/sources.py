@@ -38,8 +38,16 @@ class Source(Protocol):
     def chunks(self, address: Address, wanted: Mapping[int, int]) -> AsyncGenerator[Batch, None]:
         """Yield the wanted chunks (number, stored bytes) in any order, some at a time, until all were given.
 
+        The bytes are the reader's until it asks for the next batch: their memory may then be used again.
         Raises ChunkError that names what is missing, and OSError or TransportError when this way is closed.
         """
+
+
+class Way(Source, Protocol):
+    """A further way, which may fail without harm: the broker has everything."""
+
+    def refused(self, reason: str) -> None:
+        """Something that it gave was not what the site has signed."""
 
 
 class BrokerSource:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from edif_mesh.domain.ids import JobId
-from edif_mesh.errors import ChunkError, ManifestError
+from edif_mesh.errors import ChunkError, ManifestError, TransportError
 from edif_mesh.results.chunks import ChunkCache, OpenAsIs, Opener, checked
 from edif_mesh.results.following import Follower
 from edif_mesh.results.index import OWN, Index
 from edif_mesh.results.manifest import check_index, check_sizes, embedded_index, index_bytes
-from edif_mesh.results.sources import Address, BrokerSource, Source
+from edif_mesh.results.sources import Address, BrokerSource, Source, Way
 from edif_mesh.results.transfer import index_parts
 from edif_mesh.results.transfer_sinks import Sink
 from edif_mesh.transport.ports import Bulk
@@ -45,6 +45,8 @@ class ReadStats:
     resumed_bytes: int = 0
     """What an earlier read had left behind, of the archive."""
     chunks: int = 0
+    refused_chunks: int = 0
+    """What another way than the broker gave and was not what the site has signed; none of it was placed."""
 
 
 class ResultReader:
@@ -59,7 +61,7 @@ class ResultReader:
         patience_ms: int = 10_000,
         opener: Opener | None = None,
         open_part: Callable[[bytes], ResultPart] | None = None,
-        sources: Callable[[Manifest], list[Source]] | None = None,
+        sources: Callable[[Manifest], list[Way]] | None = None,
         cache: ChunkCache | None = None,
     ) -> None:
         """`open_part` verifies a signed part; `sources` gives further ways to the chunks, the best first."""
@@ -168,7 +170,13 @@ class ResultReader:
             missing = [number for number in missing if number not in self._have]
         own = [number for number in missing if index.entries[number].lender == OWN]
         for source in self._sources(manifest) if self._sources is not None and own else ():
-            await self._take(source, Address(self._job, manifest.attempt), manifest, index, own, may_fail=True)
+            try:
+                await self._take(source, Address(self._job, manifest.attempt), manifest, index, own)
+            except (ChunkError, OSError, TransportError) as error:
+                if isinstance(error, ChunkError):
+                    self._stats.refused_chunks += 1
+                    source.refused(str(error))
+                log.info("another way to the result is tried", extra={"job": self._job, "reason": str(error)})
             own = [number for number in own if number not in self._have]
             if not own:
                 break
@@ -184,27 +192,20 @@ class ResultReader:
         manifest: Manifest,
         index: Index,
         wanted: list[int],
-        *,
-        may_fail: bool = False,
     ) -> None:
-        """Take the chunks from one place; with `may_fail`, what it does not give is left to the next."""
+        """Take the chunks from one place."""
         if not wanted:
             return
         by_number = {index.entries[number].number: number for number in wanted}
         sizes = {index.entries[number].number: index.entries[number].stored_bytes for number in wanted}
-        try:
-            async with aclosing(source.chunks(address, sizes)) as batches:
-                async for batch in batches:
-                    size = sum(len(data) for _, data in batch)
-                    self._stats.fetched_bytes += size
-                    self._stats.read_bytes += size
-                    if address.job == self._job and (foreign := [n for n, _ in batch if n >= len(index)]):
-                        raise ChunkError(f"Chunk {foreign[0]} is foreign: the manifest has only {len(index)} chunks.")
-                    await self._place(manifest, index, ((by_number[n], data) for n, data in batch if n in by_number))
-        except (ChunkError, OSError) as error:
-            if not may_fail:
-                raise
-            log.info("another way to the result is tried", extra={"job": self._job, "reason": str(error)})
+        async with aclosing(source.chunks(address, sizes)) as batches:
+            async for batch in batches:
+                size = sum(len(data) for _, data in batch)
+                self._stats.fetched_bytes += size
+                self._stats.read_bytes += size
+                if address.job == self._job and (foreign := [n for n, _ in batch if n >= len(index)]):
+                    raise ChunkError(f"Chunk {foreign[0]} is foreign: the manifest has only {len(index)} chunks.")
+                await self._place(manifest, index, ((by_number[n], data) for n, data in batch if n in by_number))
 
     async def _place(self, manifest: Manifest, index: Index, chunks: Iterable[tuple[int, memoryview]]) -> None:
         """Check and place what is new, beside the event loop; raises ChunkError for what cannot be of this result."""

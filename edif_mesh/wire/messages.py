@@ -154,6 +154,20 @@ class AskMesh:
     kind: Literal["ask_mesh"] = "ask_mesh"
 
 
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """Researcher -> a site's own endpoint, in the header of a request: I may read this attempt's result.
+
+    Answered by HTTP; a site that does not hold it, or not for this key, answers the same.
+    """
+
+    site: SiteId
+    job: JobId
+    attempt: AttemptNumber
+    issued_at_ms: int
+    kind: Literal["fetch_result"] = "fetch_result"
+
+
 # ------------------------------------------------------------------------------------------- coordinator -> site
 
 
@@ -550,6 +564,7 @@ Message = (
     | AskJob
     | AskJobs
     | AskMesh
+    | FetchResult
     | Grant
     | PlaceAttempt
     | StopAttempt
@@ -574,6 +589,7 @@ SIGNED_BY: dict[str, frozenset[Role]] = {
     "ask_job": frozenset({Role.RESEARCHER, Role.GATEWAY}),
     "ask_jobs": frozenset({Role.RESEARCHER, Role.GATEWAY}),
     "ask_mesh": frozenset({Role.RESEARCHER, Role.GATEWAY}),
+    "fetch_result": frozenset({Role.RESEARCHER, Role.GATEWAY}),
     "grant": frozenset({Role.COORDINATOR}),
     "stop_attempt": frozenset({Role.COORDINATOR}),
     "lease_renewed": frozenset({Role.COORDINATOR}),

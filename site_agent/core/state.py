@@ -75,7 +75,7 @@ class Held:
     load_ms: int = 0
     """How long its model took to load, when it had to wait for that."""
     owner: KeyId = KeyId("")
-    """Whose key has signed the order."""
+    """Who signed the order, and may fetch the result."""
     ending: Ending | None = None
     """It is being stopped; it keeps its slot and its memory until its runner is gone."""
 

@@ -30,6 +30,7 @@ from site_agent.core.effects import (
 )
 from site_agent.core.events import DrainRequested, Restarted, Ticked
 from site_agent.core.state import Model, Policy, State
+from site_agent.direct.keeper import DirectKeeper
 from site_agent.hosting.process import HostSettings
 from site_agent.journal import Journal
 from site_agent.runner.selftest import choose
@@ -56,9 +57,10 @@ class SiteAgent:
 
     def __init__(
         self, config: SiteConfig, key: PrivateKey, trust: TrustStore, journal: Journal, bus: Bus, streams: Streams,
-        cargo: Cargo,
+        cargo: Cargo, direct: DirectKeeper | None = None,
     ) -> None:  # fmt: skip
         self._config, self._journal, self._bus = config, journal, bus
+        self._direct = direct
         self._remembered = journal.load()
         entries, shares = offered(config)
         chosen = choose(config)
@@ -113,6 +115,7 @@ class SiteAgent:
                 spool_dir=config.state_dir / "spool",
                 tell=self.loop.handle,
                 sandbox=state.sandbox,
+                direct=direct,
             )
         )
         self.loop.prepare = lambda effect: self._attempts.start(effect.held)
@@ -133,6 +136,8 @@ class SiteAgent:
             asyncio.create_task(self._forever(self._tick), name="tick"),
             asyncio.create_task(self._forever(self.heartbeat.run), name="heartbeat"),
         ]
+        if self._direct is not None:
+            self._tasks.append(asyncio.create_task(self._forever(self._direct.run), name="direct"))
         await self.loop.handle(Ticked())
 
     async def drain(self, deadline_s: float) -> None:

@@ -19,9 +19,10 @@ from edif_mesh.results.forms import ChunkForms, SharedChunks, Sharing
 from edif_mesh.results.index import CHUNK_BYTES, Entry, Index
 from edif_mesh.results.manifest import ManifestParts, build_manifest, packed
 from edif_mesh.results.sealing import Sealer
+from edif_mesh.results.transfer import Form
 from edif_mesh.transport.ports import Streams
 from edif_mesh.wire.envelope import seal
-from edif_mesh.wire.messages import Order, ResultPart
+from edif_mesh.wire.messages import DirectEndpoint, Order, ResultPart
 from site_agent.core.blame import blame_of
 from site_agent.core.events import (
     AttemptComputed,
@@ -33,6 +34,8 @@ from site_agent.core.events import (
     PayloadRefused,
 )
 from site_agent.core.state import AttemptKey, Held
+from site_agent.direct.keeper import DirectKeeper
+from site_agent.direct.store import Keeping, KeepingForm
 from site_agent.runner.events import (
     ResultChunk,
     ResultCut,
@@ -76,6 +79,8 @@ class Equipment:
     tell: Callable[[Event], Awaitable[object]]
     sandbox: str = ""
     """The profile that runners are confined to, for receipts."""
+    direct: DirectKeeper | None = None
+    """Keeps results to serve them from here."""
     link: LinkEstimate = field(default_factory=LinkEstimate)
     """Of our way to the broker, learnt from every result."""
     shared: SharedChunks = field(default_factory=SharedChunks)
@@ -110,9 +115,11 @@ class Attempts:
         telling.add_done_callback(self._telling.discard)
 
     def drop(self, jobs: Iterable[JobId]) -> None:
-        """Forget what is held of deleted jobs: their chunks are lent to no later result."""
+        """Forget what is held of deleted jobs: their chunks are lent to no later result, and served to nobody."""
         for job in jobs:
             self._with.shared.drop(job)
+            if self._with.direct is not None:
+                self._with.direct.store.drop(job)
 
     async def finished(self) -> None:
         """Wait until none is left."""
@@ -136,6 +143,7 @@ class AttemptTask:
         self._logs = LogSender(held.key, equipment.site, equipment.key, equipment.streams)
         self._spool = Spool(equipment.spool_dir)
         self._upload: asyncio.Task[ManifestParts] | None = None
+        self._keeping: Keeping | None = None
         self._forms = self._chunk_forms()
         self.task = asyncio.create_task(self._guarded(), name=f"attempt {held.job}.{held.attempt}")
 
@@ -184,6 +192,8 @@ class AttemptTask:
     def _release(self) -> None:
         if self._upload is not None:
             self._upload.cancel()
+        if self._keeping is not None:
+            self._keeping.abandon()
         if self._runner is not None:
             self._runner.discard()
         self._spool.close()
@@ -205,8 +215,8 @@ class AttemptTask:
         await self._with.tell(AttemptComputed(held.key))
         assert self._upload is not None
         stored, _ = await asyncio.gather(self._upload, self._logs.close())
-        receipt = self._complete(receipt)
-        await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt), receipt))
+        receipt, direct = self._complete(receipt), await self._kept(stored)
+        await self._with.tell(AttemptSucceeded(held.key, self._manifest(stored, receipt, direct), receipt))
         self._forms.committed(held.job, held.attempt)
 
     def _give_back(self, lending: asyncio.Task[Runner]) -> None:
@@ -269,9 +279,22 @@ class AttemptTask:
 
     def _begin_upload(self) -> None:
         if self._upload is None:
-            key = self._held.key
-            storing = self._with.cargo.store(key, self._spool, form=self._forms, announce=self._part)
+            key, form = self._held.key, self._form()
+            storing = self._with.cargo.store(key, self._spool, form=form, announce=self._part)
             self._upload = asyncio.create_task(storing, name=f"up {key[0]}")
+
+    def _form(self) -> Form:
+        if self._with.direct is None:
+            return self._forms
+        self._keeping = self._with.direct.store.open(*self._held.key, self._held.owner)
+        return KeepingForm(self._forms, self._keeping)
+
+    async def _kept(self, parts: ManifestParts) -> tuple[DirectEndpoint, ...]:
+        """Return where the result is served from here, if it is."""
+        if self._with.direct is None or self._keeping is None:
+            return ()
+        served = await asyncio.to_thread(self._keeping.finish, parts.index)
+        return self._with.direct.endpoints if served else ()
 
     def _options(self) -> RunOptions:
         order, site = self._held.order, self._with.limits
@@ -292,10 +315,17 @@ class AttemptTask:
             wire_dtype=order.results.wire_dtype,
         )
 
-    def _manifest(self, parts: ManifestParts, receipt: Receipt) -> str:
+    def _manifest(self, parts: ManifestParts, receipt: Receipt, direct: tuple[DirectEndpoint, ...]) -> str:
         held, now_ms = self._held, read_clocks().wall_ms
         manifest = build_manifest(
-            held.order, held.digest, held.attempt, self._with.site, parts, receipt=receipt, now_ms=now_ms
+            held.order,
+            held.digest,
+            held.attempt,
+            self._with.site,
+            parts,
+            receipt=receipt,
+            now_ms=now_ms,
+            direct=direct,
         )
         return seal(manifest, self._with.key)
 

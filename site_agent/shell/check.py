@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from edif_mesh.config import SiteConfig, read_password
+from edif_mesh.config import DirectConfig, SiteConfig, read_password
 from edif_mesh.errors import EdifError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.identity.trust import TrustStore
+from edif_mesh.results.direct_link import DirectLink
 from edif_mesh.transport.nats_bus import connect
-from edif_mesh.wire.messages import Role
+from edif_mesh.wire.messages import DirectEndpoint, Role
 from site_agent import hardware
+from site_agent.direct.certificate import certificate
+from site_agent.direct.keeper import certificate_file, kept_folder
 from site_agent.hosting.process import readable_folders
 from site_agent.runner.selftest import choose
 from site_agent.shell.budget import Shares, offered
@@ -27,6 +31,9 @@ async def checks(config: SiteConfig) -> AsyncIterator[Finding]:
     for finding in (*_identity(config), *_sandbox(config), *_hardware(config), *_models(config), _state(config)):
         yield finding
     yield await _broker(config)
+    if (direct := config.direct) is not None:
+        for finding in await asyncio.to_thread(lambda: [*_direct(config, direct)]):
+            yield finding
 
 
 def _identity(config: SiteConfig) -> list[Finding]:
@@ -145,6 +152,31 @@ def _state(config: SiteConfig) -> Finding:
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     return ("ok" if free > 10 << 30 else "warn"), f"{free / 1e9:.1f} GB free for journal and waiting results"
+
+
+def _direct(config: SiteConfig, direct: DirectConfig) -> Iterator[Finding]:
+    """The endpoint: its certificate, whether it answers at the address that researchers are told, and its disk."""
+    try:
+        digest = certificate(certificate_file(config), config.site)
+        yield "ok", f"results are served with the certificate {digest[:16]}, {direct.keep_hours} hours long"
+    except EdifError as error:
+        yield "fail", str(error)
+        return
+    try:
+        DirectLink(DirectEndpoint(direct.url, digest)).close()
+        yield "ok", f"{direct.url} answers with this certificate, from here"
+    except OSError as error:
+        reason = f"{direct.url} does not answer from here ({error}): is the agent running, and the port let through?"
+        yield "warn", f"{reason} Results leave by the broker meanwhile"
+    except EdifError as error:
+        yield "fail", f"{direct.url}: {error} Something else answers there, or ends TLS in front of it"
+    folder = next(path for path in (config.state_dir, *config.state_dir.absolute().parents) if path.exists())
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    kept = sum(file.stat().st_size for file in kept_folder(config).glob("*.data"))
+    enough = free + kept > direct.keep_bytes
+    text = f"{kept / 1e9:.1f} of {direct.keep_bytes / 1e9:.1f} GB for kept results used, {free / 1e9:.1f} GB free on that disk"
+    yield ("ok", text) if enough else ("warn", f"{text}: set direct.keep_bytes lower")
 
 
 async def _broker(config: SiteConfig) -> Finding:

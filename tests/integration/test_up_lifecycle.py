@@ -17,11 +17,14 @@ from threading import Thread
 import psutil
 import pytest
 
+from edif_mesh.client.mesh import Mesh
+from edif_mesh.config import ClientConfig, load_config
+from edif_mesh.domain.ids import SiteId
 from edif_mesh.domain.job import JobStatus
 from edif_mesh.transport.embedded import free_port
 from tests.mesh import RunningMesh, environment, running_mesh, until
 from tests.models import tiny_gpt2
-from tests.submitting import payload_that_beats
+from tests.submitting import payload_of_noise, payload_that_beats
 
 PATIENCE_S = 60.0
 
@@ -144,8 +147,53 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
 
 def everything_under(home: Path) -> dict[Path, bytes]:
     return {
-        f: f.read_bytes() for f in home.rglob("*") if f.suffix in (".toml", ".json", ".pem") or f.name == "nats-port"
+        f: f.read_bytes()
+        for f in home.rglob("*")
+        if f.suffix in (".toml", ".json", ".pem") or f.name in ("nats-port", "direct-port")
     }
+
+
+def endpoint_of(mesh: RunningMesh) -> psutil.Process | None:
+    """The endpoint's process, when it runs."""
+    agent = psutil.Process(mesh.processes()["site-ansbach"])
+    return next((p for p in agent.children() if "site_agent.direct.endpoint" in p.cmdline()), None)
+
+
+def check(mesh: RunningMesh) -> str:
+    """What `edif-site check` says of the site."""
+    command = [sys.executable, "-m", "site_agent", "check", "--config", str(mesh.home / "sites/ansbach/site.toml")]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60).stdout
+
+
+async def test_a_large_result_comes_straight_from_the_site_and_from_the_broker_when_that_is_gone(
+    mesh: RunningMesh,
+) -> None:
+    assert "answers with this certificate" in check(mesh)
+    payload, spec = payload_of_noise(tiny_gpt2(), 24)
+    async with await Mesh.connect(mesh.home / "client.toml") as client:
+        job = await client.submit(payload, spec, follow=False)
+        straight = (await job.result())["noise"]
+        assert straight.numel() == 24 << 20
+        assert client.paths.known(SiteId("ansbach")).direct is not None
+        first = endpoint_of(mesh)
+        assert first is not None
+        first.kill()
+        by_the_broker = (await client.job(job.id).result())["noise"]
+        assert (by_the_broker == straight).all()
+    assert until(lambda: (new := endpoint_of(mesh)) is not None and new.pid != first.pid), "it was not started again"
+    kept = list((mesh.home / "sites/ansbach/direct/results").iterdir())
+    assert {file.suffix for file in kept} == {".data", ".index"}
+
+
+async def test_a_researcher_may_want_nothing_straight_from_a_site(mesh: RunningMesh) -> None:
+    file = mesh.home / "indirect.toml"
+    file.write_text((mesh.home / "client.toml").read_text() + "\n[results]\ndirect = false\n")
+    assert not load_config(ClientConfig, file).results.direct
+    payload, spec = payload_of_noise(tiny_gpt2(), 24)
+    async with await Mesh.connect(file) as client:
+        job = await client.submit(payload, spec, follow=False)
+        assert (await job.result())["noise"].numel() == 24 << 20
+        assert client.paths.known(SiteId("ansbach")).direct is None
 
 
 @pytest.mark.parametrize("options", [(), ("--detach",)])

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from edif_mesh.config import ClientConfig, CoordinatorConfig, ModelConfig, SiteConfig, load_config
+from edif_mesh.config import (
+    ClientConfig,
+    CoordinatorConfig,
+    DirectConfig,
+    ModelConfig,
+    ResultsConfig,
+    SiteConfig,
+    load_config,
+)
 from edif_mesh.errors import ConfigError
 from edif_mesh.transport.embedded import find_binary
 
@@ -32,7 +40,8 @@ def test_a_sample_loads_and_states_the_defaults(name: str, cls: Any) -> None:
 @pytest.mark.parametrize(("name", "cls"), FILES)
 def test_a_sample_names_every_key(name: str, cls: Any) -> None:
     text = (CONFIGS / name).read_text()
-    for part in (cls, *([ModelConfig] if cls is SiteConfig else [])):
+    tables: dict[Any, list[Any]] = {SiteConfig: [ModelConfig, DirectConfig], ClientConfig: [ResultsConfig]}
+    for part in (cls, *tables.get(cls, [])):
         for field in dataclasses.fields(part):
             assert re.search(rf"^\s*(# )?\[*{field.name}\b", text, re.MULTILINE), field.name
 

@@ -16,7 +16,7 @@ import torch
 
 from edif_mesh.client.backend import capture
 from edif_mesh.client.mesh import JobSpec, Mesh
-from edif_mesh.config import CoordinatorConfig, load_config, read_password
+from edif_mesh.config import ClientConfig, CoordinatorConfig, load_config, read_password
 from edif_mesh.domain.ids import AttemptNumber
 from edif_mesh.domain.job import JobStatus
 from edif_mesh.errors import ConfigError, RefusedError, ResultGoneError
@@ -187,6 +187,23 @@ async def test_the_same_values_are_stored_once_in_a_session(client: Path) -> Non
         await deleted(elsewhere, first.id)
 
 
+def numbers(model: Any, backend: Any) -> None:
+    with model.trace("hello world", backend=backend):
+        found = list(range(30_000)).save()
+
+
+async def test_a_result_that_stores_nothing_itself_outlives_the_one_it_borrows_from(client: Path) -> None:
+    async with await Mesh.connect(client) as mesh:
+        first = await mesh.submit(*a_job(numbers))
+        await first.result()
+        second = await mesh.submit(*a_job(numbers))
+        await second.result()
+        assert second.verified_manifest(await second.status()).stored_bytes == 0
+    async with await Mesh.connect(without_direct_path(client)) as elsewhere:
+        assert f"its chunks go when {second.id}" in (await elsewhere.job(first.id).delete()).text
+        assert await elsewhere.job(second.id).result() == {"found": list(range(30_000))}
+
+
 KILLED = """
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -208,6 +225,7 @@ async def test_a_fetch_that_was_killed_is_gone_on_with_and_takes_nothing_twice(
     mesh: RunningMesh, client: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "result.edif"
+    client = without_direct_path(client)
     async with await Mesh.connect(client) as connected:
         job = await connected.submit(*a_job(activations, compression="off"), follow=False)
         await job.wait()
@@ -224,6 +242,15 @@ async def test_a_fetch_that_was_killed_is_gone_on_with_and_takes_nothing_twice(
     assert size == target.stat().st_size
     assert_same(dict(read(target.read_bytes())), wanted())
     assert [path.name for path in tmp_path.iterdir()] == ["result.edif"]
+
+
+def without_direct_path(client: Path) -> Path:
+    """The same settings, for a client that fetches from the broker only."""
+    settings = client.with_name("broker-only.toml")
+    text = client.read_text()
+    settings.write_text(text.replace("[broker]", "[results]\ndirect = false\n\n[broker]", 1))
+    assert not load_config(ClientConfig, settings).results.direct
+    return settings
 
 
 async def purge(mesh: RunningMesh, *names: str) -> None:

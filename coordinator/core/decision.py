@@ -76,7 +76,7 @@ class PublishRefusal:
 
 @dataclass(frozen=True, slots=True)
 class PurgePayload:
-    """The job has ended: its payload may go."""
+    """The job has ended: its payload may go, and what attempts have stored that did not become its result."""
 
     job: JobId
 

@@ -23,7 +23,8 @@ from coordinator.core.events import Event, GrantAnswered, GrantUndelivered, JobP
 from coordinator.core.snapshot import snapshot
 from coordinator.core.state import MeshState
 from coordinator.shell.opening import Opener
-from edif_mesh.domain.ids import JobId, SiteId
+from edif_mesh.domain.ids import AttemptNumber, JobId, SiteId
+from edif_mesh.domain.job import JobStatus
 from edif_mesh.errors import EdifError, NobodyListensError, TransportError, TrustError
 from edif_mesh.identity.keys import PrivateKey
 from edif_mesh.transport.ports import Bus, Streams
@@ -143,13 +144,24 @@ class Outbox:
         return opened.message
 
     async def _purge(self, job: JobId) -> None:
+        wanted = [(subjects.PAYLOADS_STREAM, subjects.payload_chunks(job)), *self._left_over(job)]
         for tried in range(PURGE_TRIES):
             try:
-                await self._streams.purge(subjects.PAYLOADS_STREAM, subjects.payload_chunks(job))
+                for stream, subject in wanted:
+                    await self._streams.purge(stream, subject)
                 return
             except TransportError as error:
-                log.info("payload not purged yet", extra={"job": job, "reason": str(error)})
+                log.info("ended job not purged yet", extra={"job": job, "reason": str(error)})
                 await asyncio.sleep(2**tried)
+
+    def _left_over(self, job: JobId) -> list[tuple[str, str]]:
+        """The chunks of attempts that did not become the result: values leave early, also those of an attempt that failed."""
+        record = self._state.jobs.get(job)
+        if record is None:
+            return []
+        kept = record.attempt if record.status is JobStatus.SUCCEEDED else 0
+        numbers = (AttemptNumber(number) for number in range(1, record.attempt + 1) if number != kept)
+        return [(subjects.RESULTS_STREAM, subjects.result_chunks(job, number)) for number in numbers]
 
     async def _purge_all(self, job: JobId) -> None:
         """Delete all that the broker holds of a job, and say so; the core asks again when it could not be done."""

@@ -118,6 +118,9 @@ async def test_values_are_seen_while_their_job_runs(client: Path) -> None:
             await job.delete()
         await job.cancel()
         assert (await job.wait()).status is JobStatus.CANCELLED
+        async with asyncio.timeout(30):  # what had left early is not kept for nobody
+            while await mesh.streams.subjects(subjects.RESULTS_STREAM, subjects.result_chunks(job.id)):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
 
 
 async def test_activations_are_stored_in_fewer_bytes_and_come_back_to_the_bit(client: Path) -> None:

@@ -93,7 +93,7 @@ async def measure(mbit: int, acts: Any, runs: int, found: dict[tuple[int, str, s
         server = NatsServer(Path(folder))
         server.start()
         connection = await connect(server.url, name="bench")
-        await connection.streams.ensure(subjects.STREAMS, max_bytes={spec.name: 8 << 30 for spec in subjects.STREAMS})
+        await connection.streams.ensure(subjects.STREAMS, max_bytes={spec.name: 900 << 20 for spec in subjects.STREAMS})
         near = NatsBulk.beside(connection)
         with Link(server.url.rpartition("/")[2], mbit=mbit) as link:
             far = NatsBulk(f"nats://{link.address}", name="site")

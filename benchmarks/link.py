@@ -89,7 +89,7 @@ class _Way:
 
 def _proxy(pipe: Pipe, to: tuple[str, int], delay_s: float, bytes_per_s: float) -> None:
     down, up = _Way(delay_s, bytes_per_s), _Way(delay_s, bytes_per_s)
-    there: set[socket.socket] = set()
+    there: set[tuple[socket.socket, socket.socket]] = set()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def accept() -> None:
@@ -102,7 +102,7 @@ def _proxy(pipe: Pipe, to: tuple[str, int], delay_s: float, bytes_per_s: float) 
                     continue
                 for sock in (near, far):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    there.add(sock)
+                there.add((near, far))
                 for source, sink, way in ((near, far, up), (far, near, down)):
                     threading.Thread(target=_carry, args=(source, sink, way), daemon=True).start()
 
@@ -114,9 +114,11 @@ def _proxy(pipe: Pipe, to: tuple[str, int], delay_s: float, bytes_per_s: float) 
             except EOFError:
                 return
             if what == "cut":
-                for sock in list(there):
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
+                for near, far in list(there):
+                    # The near end gets no reset: a link that breaks takes nothing back that has arrived.
+                    for sock, how in ((near, socket.SHUT_WR), (far, socket.SHUT_RDWR)):
+                        with contextlib.suppress(OSError):
+                            sock.shutdown(how)
                 there.clear()
             pipe.send((down.carried, up.carried))
 
@@ -130,9 +132,11 @@ def _carry(source: socket.socket, sink: socket.socket, way: _Way) -> None:
                 way.carried += count
         else:
             _carry_slowly(source, sink, way)
-    for sock in (source, sink):
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):  # what still comes is read and dropped, until the other side has closed
+        while source.recv(_PIECE):
+            pass
 
 
 def _carry_slowly(source: socket.socket, sink: socket.socket, way: _Way) -> None:
@@ -154,10 +158,9 @@ def _carry_slowly(source: socket.socket, sink: socket.socket, way: _Way) -> None
                 time.sleep(wait_s)
             try:
                 sink.sendall(data)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    source.shutdown(socket.SHUT_RDWR)
-            way.carried += len(data)
+                way.carried += len(data)
+            except OSError:  # it was cut: what waits is lost
+                pass
             with changed:
                 held -= len(data)
                 changed.notify_all()

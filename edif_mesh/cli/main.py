@@ -84,7 +84,7 @@ def status(
 ) -> None:
     """Show whether the mesh answers, its sites, and how much is queued and running; or one job with its receipt."""
     if job is not None:
-        show(job, json)
+        show(job, json=json)
         return
     from edif_mesh.cli.mesh import show_status
 
@@ -126,8 +126,19 @@ def jobs(
 
 
 @app.command()
-def show(job: JobArgument, json: Json = False) -> None:
-    """Show one job: state, attempts, times, how it ended."""
+def show(
+    job: JobArgument,
+    values: Annotated[
+        bool, typer.Option("--values", help="List what was saved, with shape, dtype and bytes, without fetching it.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show one job: state, attempts, times, how it ended; or what it saved."""
+    if values:
+        from edif_mesh.cli.values import show_values
+
+        _run(show_values, job=job, json=json)
+        return
     from edif_mesh.cli.jobs import show_job
 
     _run(show_job, job=job, json=json)
@@ -183,9 +194,18 @@ def fetch(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="FILE.safetensors (tensors only) or FILE.edif (everything).")
     ],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this: NAME or 'NAME[INDEX]', as 'acts[:, -1]'; fetches what it needs. Repeatable."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Wait for a job's result, verify it, and write it to a file."""
+    if only:
+        from edif_mesh.cli.values import fetch_values
+
+        _run(fetch_values, job=job, output=output, only=tuple(only), json=json)
+        return
     from edif_mesh.cli.jobs import fetch_result
 
     _run(fetch_result, job=job, output=output, json=json)

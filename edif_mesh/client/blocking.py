@@ -13,6 +13,7 @@ from edif_mesh.client.job import Job
 from edif_mesh.client.mesh import JobSpec, Mesh
 from edif_mesh.config import ClientConfig
 from edif_mesh.domain.attempt import Receipt
+from edif_mesh.errors import ResultError
 from edif_mesh.wire.messages import JobSnapshot, MeshView
 
 if TYPE_CHECKING:
@@ -36,7 +37,13 @@ class BlockingMesh:
             raise
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine of the client and return its result; Ctrl-C cancels it."""
+        """Run a coroutine of the client and return its result; Ctrl-C cancels it.
+
+        Raises ResultError in the client's own thread, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise ResultError("A callback of the client cannot wait for the client: note what you want, and ask later.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

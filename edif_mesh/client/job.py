@@ -336,8 +336,8 @@ class Job:
     async def open(self, *, classes: dict[str, type] | None = None, run: Run | None = None) -> LazyResult:
         """Wait for the end and open the result, of which only the structure is fetched now: `(await job.open())["acts"]`.
 
-        Of a `LazyTensor` what is indexed is fetched, once: it stays in the cache folder, from which also `fetch` of another
-        process goes on. Without `run` (see `BlockingJob.open`) indexing is `await tensor.at(...)`. Raises as `result`.
+        Of a `LazyTensor` what is indexed is fetched, once: it stays in the cache folder, from which a later `open`, also of
+        another process, goes on. Without `run` (see `BlockingJob.open`) indexing is `await tensor.at(...)`. Raises as `result`.
         """
         from edif_mesh.results.lazy import no_waiting, open_result
 
@@ -346,7 +346,7 @@ class Job:
         manifest = self.verified_manifest(last)
         folder = self._mesh.config.outbox_dir.parent / "cache"
         await asyncio.to_thread(make_room, folder, manifest.archive_bytes)
-        sink = FileSink(folder / f"{self.id}.{manifest.attempt}.edif")
+        sink = FileSink(folder / f"{self.id}.{manifest.attempt}.edif", or_nameless=True)
         return await open_result(self._reader_into(sink), sink, manifest, run or no_waiting, classes)
 
     async def fetch_to(

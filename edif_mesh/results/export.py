@@ -29,12 +29,12 @@ def to_safetensors(values: Mapping[str, Any], path: Path) -> list[str]:
 
     Raises ResultError when there is no tensor at all, two leaves get the same name, or the dense tensors pass a limit.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor | LazyTensor] = {}
     left_out: list[str] = []
     size = 0
     for number, (name, leaf) in enumerate(leaves(values)):
-        tensor = _dense(leaf)
-        size += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        tensor = _held(leaf)
+        size += 0 if tensor is None else tensor.numel() * tensor.dtype.itemsize
         if number >= MAX_LEAVES or size > MAX_EXPORT_BYTES:
             raise ResultError("The result has too many parts for one safetensors file; fetch it as it is.")
         if tensor is None:
@@ -49,12 +49,12 @@ def to_safetensors(values: Mapping[str, Any], path: Path) -> list[str]:
     return left_out
 
 
-def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def _write(tensors: Mapping[str, torch.Tensor | LazyTensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file a piece at a time: the library's own writer holds all of it in memory, as bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.numel() * tensor.dtype.itemsize
         header[name] = {"dtype": _HELD[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -66,16 +66,19 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[st
                 file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor in rows that together take some MB, so that only these are copied where it is not contiguous."""
+def _pieces(tensor: torch.Tensor | LazyTensor) -> Iterator[torch.Tensor]:
+    """A tensor in rows that together take some MB, so that only these are in memory, or copied where it is not contiguous."""
     if not tensor.numel():
         return
-    size = tensor.numel() * tensor.element_size()
-    if not tensor.dim() or size <= _PIECE_BYTES:
-        yield tensor
+    if isinstance(tensor, LazyTensor):
+        tensor.fetch()
+    size = tensor.numel() * tensor.dtype.itemsize
+    if not tensor.ndim or size <= _PIECE_BYTES:
+        yield tensor[...].detach()
         return
     rows = max(1, _PIECE_BYTES * tensor.shape[0] // size)
-    yield from tensor.split(rows)
+    for first in range(0, tensor.shape[0], rows):
+        yield tensor[first : first + rows].detach()
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,10 +134,15 @@ _HELD = {
 """The dtypes that every release of safetensors holds that this one is tested with, and its names for them."""
 
 
-def _dense(leaf: Any) -> torch.Tensor | None:
+def holds(leaf: Any) -> bool:
+    """Return whether safetensors can hold a leaf; fetches nothing."""
+    return isinstance(_held(leaf), torch.Tensor | LazyTensor)
+
+
+def _held(leaf: Any) -> torch.Tensor | LazyTensor | None:
     """The leaf as a tensor that safetensors can hold, else None."""
     if isinstance(leaf, LazyTensor):
-        leaf = leaf.mapped()
+        return leaf if leaf.dtype in _HELD else None
     if isinstance(leaf, torch.Tensor):
         fits = leaf.layout is torch.strided and not leaf.is_quantized and leaf.dtype in _HELD
         return leaf.detach().resolve_conj().resolve_neg() if fits else None
@@ -144,3 +152,21 @@ def _dense(leaf: Any) -> torch.Tensor | None:
         except (TypeError, ValueError):
             return None
     return None
+
+
+def as_numpy(leaf: Any) -> Any:
+    """Return a tensor as a numpy array: sparse and quantized ones dense, floats that numpy lacks as float32, bits as bytes."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    leaf = leaf.detach().dequantize() if leaf.is_quantized else leaf.detach()
+    leaf = (leaf if leaf.layout is torch.strided else leaf.to_dense()).resolve_conj().resolve_neg()
+    if leaf.dtype is torch.complex32:
+        leaf = leaf.to(torch.complex64)
+    try:
+        return leaf.numpy()
+    except TypeError:
+        pass
+    try:
+        return leaf.float().numpy()
+    except (RuntimeError, NotImplementedError):  # several numbers in a byte
+        return leaf.view(torch.uint8).numpy()

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import os
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from edif_mesh.errors import ArchiveError
+from edif_mesh.errors import ArchiveError, ResultError
 from edif_mesh.results.archive_decode import Decoder
 from edif_mesh.results.archive_decode_tensors import Tensors, layout_of
-from edif_mesh.results.archive_records import RECORD_BYTES, TAIL_BYTES, Tree, parse_tail, parse_tree
-from edif_mesh.results.export import leaves, to_safetensors
+from edif_mesh.results.archive_records import (
+    HEAD,
+    HEAD_BYTES,
+    RECORD_BYTES,
+    TAIL_BYTES,
+    Tree,
+    parse_tail,
+    parse_tree,
+)
+from edif_mesh.results.export import as_numpy, holds, leaves, to_safetensors
 from edif_mesh.results.index import Index
-from edif_mesh.results.lazy_tensor import LazyTensor, Pieces, Run, no_waiting
+from edif_mesh.results.lazy_index import merged
+from edif_mesh.results.lazy_plan import Plan, plan_of
+from edif_mesh.results.lazy_tensor import LazyTensor, Run, no_waiting
 from edif_mesh.results.transfer_read import ResultReader
 from edif_mesh.results.transfer_sinks import FileSink
 from edif_mesh.wire.messages import Manifest
 
 __all__ = ["LazyResult", "LazyTensor", "no_waiting", "open_archive", "open_result"]
-LAZY_BYTES = 64 << 10
-"""A smaller tensor comes with its neighbours anyway."""
 
 
 class LazyResult(Mapping[str, Any]):
@@ -58,9 +67,9 @@ class LazyResult(Mapping[str, Any]):
         return to_safetensors(self._values, path)
 
     def to_numpy(self) -> dict[str, Any]:
-        """Return every tensor and array as numpy, by its dotted name; bfloat16 as float32."""
+        """Return every tensor and array as numpy, by its dotted name; see `export.as_numpy`."""
         return {
-            name: _as_numpy(leaf)
+            name: as_numpy(leaf.load() if isinstance(leaf, LazyTensor) else leaf)
             for name, leaf in leaves(self._values)
             if isinstance(leaf, torch.Tensor | LazyTensor) or type(leaf).__module__ == "numpy"
         }
@@ -68,13 +77,11 @@ class LazyResult(Mapping[str, Any]):
     def save(self, folder: Path) -> list[str]:
         """Write `tensors.safetensors`, and `values.txt` with everything else, into `folder`; returns the names in the latter."""
         folder.mkdir(parents=True, exist_ok=True)
-        others = [
-            (name, leaf) for name, leaf in leaves(self._values) if not isinstance(leaf, torch.Tensor | LazyTensor)
-        ]
-        left_out = set(to_safetensors(self._values, folder / "tensors.safetensors"))
-        told = [f"{name} = {leaf!r}" for name, leaf in others if name in left_out]
-        (folder / "values.txt").write_text("".join(line + "\n" for line in told))
-        return sorted(left_out)
+        others = [(name, leaf) for name, leaf in leaves(self._values) if not holds(leaf)]
+        if len(others) < len(list(leaves(self._values))):
+            to_safetensors(self._values, folder / "tensors.safetensors")
+        (folder / "values.txt").write_text("".join(f"{name} = {leaf!r}\n" for name, leaf in others))
+        return sorted(name for name, _ in others)
 
     def close(self) -> None:
         """Give up what is kept open; tensors that were fetched stay."""
@@ -96,20 +103,19 @@ def describe(leaf: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _as_numpy(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        leaf = leaf.detach()
-        return (leaf.float() if leaf.dtype is torch.bfloat16 else leaf).numpy()
-    return leaf.numpy() if isinstance(leaf, LazyTensor) else leaf
-
-
 class MappedFile:
     """An archive file, of which the kernel reads the pages that are used."""
 
     fetched_bytes = 0
+    private = True
+    """What is written into `view` does not reach the file."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size <= HEAD_BYTES or file.read(HEAD_BYTES) != HEAD:
+                raise ArchiveError(
+                    f"{path} is no archive of version 2; `edif_mesh.results.archive.read` reads older ones."
+                )
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.view = memoryview(self._map)
 
@@ -127,10 +133,13 @@ class MappedFile:
 class FetchedPieces:
     """A result at the mesh, with the chunks that have come in a file that later processes go on with."""
 
+    private = False
+
     def __init__(self, reader: ResultReader, sink: FileSink, manifest: Manifest, index: Index, run: Run) -> None:
         self._reader, self._sink, self._manifest, self._index = reader, sink, manifest, index
         self._one = asyncio.Lock()
         self._run = run
+        self._closed = False
         self.view = sink.map(manifest.archive_bytes)
 
     @property
@@ -144,6 +153,8 @@ class FetchedPieces:
         for start, stop in ranges:
             chunks.update(self._index.covering(start, stop))
         async with self._one:
+            if self._closed and not self._reader.holds(chunks):
+                raise ResultError("This result was closed, and what you ask for is not here: open it again.")
             await self._reader.fetch_chunks(self._manifest, self._index, sorted(chunks))
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
@@ -152,6 +163,7 @@ class FetchedPieces:
 
     def close(self) -> None:
         """What has come stays in its file."""
+        self._closed = True
         self._sink.close()
 
 
@@ -159,7 +171,7 @@ def open_archive(path: Path, classes: Mapping[str, type] | None = None) -> LazyR
     """Open an `.edif` file without reading it: what is indexed is read. Raises ArchiveError, OSError."""
     pieces = MappedFile(path)
     tree = _tree(pieces.view)
-    return LazyResult(_values(tree, pieces, classes), pieces)
+    return LazyResult(_values(tree, plan_of(tree), pieces, classes), pieces)
 
 
 async def open_result(
@@ -173,25 +185,9 @@ async def open_result(
     offset, size = parse_tail(pieces.view[-TAIL_BYTES:], end)
     await pieces.need([(offset, offset + size)])
     tree = _tree(pieces.view)
-    for place in small_places(tree):
-        await pieces.need([place])
-    return LazyResult(_values(tree, pieces, classes), pieces)
-
-
-def small_places(tree: Tree) -> list[tuple[int, int]]:
-    """The bytes of all storages that are taken at once: those that no lazy tensor lies in."""
-    lazy: set[int] = set()
-    for node in _nodes(tree.values):
-        if _is_lazy(node, tree):
-            lazy.add(node["s"])
-    wanted = sorted((at, at + size) for number, (at, size) in enumerate(tree.storages) if size and number not in lazy)
-    merged: list[tuple[int, int]] = []
-    for start, stop in wanted:
-        if merged and start - merged[-1][1] < LAZY_BYTES:
-            merged[-1] = merged[-1][0], stop
-        else:
-            merged.append((start, stop))
-    return merged
+    plan = plan_of(tree)
+    await pieces.need(merged([(at, at + size) for at, size in map(tree.storages.__getitem__, plan.whole) if size]))
+    return LazyResult(_values(tree, plan, pieces, classes), pieces)
 
 
 def _tree(view: memoryview) -> Tree:
@@ -199,69 +195,45 @@ def _tree(view: memoryview) -> Tree:
     return parse_tree(view[offset : offset + size], offset - RECORD_BYTES)
 
 
-def _values(tree: Tree, pieces: Pieces, classes: Mapping[str, type] | None) -> dict[str, Any]:
-    tensors = _LazyTensors(tree, pieces)
+def _values(
+    tree: Tree, plan: Plan, pieces: FetchedPieces | MappedFile, classes: Mapping[str, type] | None
+) -> dict[str, Any]:
+    tensors = _LazyTensors(tree, plan, pieces)
     return Decoder([], dict(classes or {}), tensors=tensors).mapping(tree.values)
 
 
-def _is_lazy(node: Any, tree: Tree) -> bool:
-    """Whether a node becomes a LazyTensor, as far as its own fields say."""
-    if not isinstance(node, dict) or node.get("t") != "tensor" or "p" in node:
-        return False
-    number = node.get("s")
-    return type(number) is int and 0 <= number < len(tree.storages) and tree.storages[number][1] >= LAZY_BYTES
-
-
-def _nodes(values: list[Any]) -> Iterator[Any]:
-    """Every node of a tree that stands for itself; not the parts of sparse and quantized tensors."""
-    stack: list[Any] = list(values)
-    while stack:
-        node = stack.pop()
-        if isinstance(node, list):
-            stack.extend(node)
-        elif isinstance(node, dict):
-            yield node
-            if node.get("t") not in _WHOLE:
-                stack.extend(node.values())
-
-
-_WHOLE = frozenset({"coo", "csr", "csc", "bsr", "bsc", "quantized"})
-
-
 class _Storages(Sequence[torch.Tensor]):
-    """Storages over bytes that have come."""
+    """Storages over bytes that are here; copied where they lie in a file that others go on with."""
 
-    def __init__(self, tree: Tree, view: memoryview) -> None:
-        self._places, self._view = tree.storages, view
+    def __init__(self, tree: Tree, whole: frozenset[int], pieces: FetchedPieces | MappedFile) -> None:
+        self._places, self._whole, self._pieces = tree.storages, whole, pieces
+        self._copies: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, number: Any) -> Any:
         at, size = self._places[number]
-        return (
-            torch.frombuffer(self._view, dtype=torch.uint8, count=size, offset=at)
-            if size
-            else torch.empty(0, dtype=torch.uint8)
-        )
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        if number not in self._whole:
+            raise ArchiveError("A value of the archive is made of bytes that its tree does not name there.")
+        if number not in self._copies:
+            data = torch.frombuffer(self._pieces.view, dtype=torch.uint8, count=size, offset=at)
+            self._copies[number] = data if self._pieces.private else data.clone()
+        return self._copies[number]
 
 
 class _LazyTensors(Tensors):
-    """Large plain tensors are left where they are; everything else is made at once, in memory of its own."""
+    """Large plain tensors are left where they are; everything else is made at once."""
 
-    def __init__(self, tree: Tree, pieces: Pieces) -> None:
-        super().__init__(_Storages(tree, pieces.view), sum(size for _, size in tree.storages))
-        self._tree, self._pieces = tree, pieces
+    def __init__(self, tree: Tree, plan: Plan, pieces: FetchedPieces | MappedFile) -> None:
+        super().__init__(_Storages(tree, plan.whole, pieces), sum(size for _, size in tree.storages))
+        self._tree, self._plan, self._pieces = tree, plan, pieces
 
     def tensor(self, node: dict[str, Any]) -> Any:
         """Return the tensor of a node, or a LazyTensor."""
-        if not _is_lazy(node, self._tree):
-            made = super().tensor(node)
-            return made.clone() if node["t"] == "tensor" and "p" not in node else made
+        if id(node) not in self._plan.lazy:
+            return super().tensor(node)
         at, size = self._tree.storages[node["s"]]
         return LazyTensor(self._pieces, layout_of(node, size), node, at, size)
-
-    def _part(self, node: Any) -> torch.Tensor:
-        if not isinstance(node, dict) or node.get("t") not in ("tensor", "lazy"):
-            raise ArchiveError("A part of a tensor is no plain tensor.")
-        return Tensors.tensor(self, node)

@@ -81,6 +81,10 @@ class ResultReader:
         """What has come over the wire so far."""
         return self._stats.fetched_bytes
 
+    def holds(self, wanted: Iterable[int]) -> bool:
+        """Return whether all these chunks are there."""
+        return self._have.issuperset(wanted)
+
     @property
     def follower(self) -> Follower:
         """What is known of the result while the job still runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from edif_mesh.domain.ids import AttemptNumber, JobId
-from edif_mesh.errors import ManifestError, StoreFullError
+from edif_mesh.errors import ManifestError, ResultError, StoreFullError
 from edif_mesh.results.index import CHUNK_BYTES, Entry, unpack_entries
 
 
@@ -113,34 +114,47 @@ class FileSink:
     """A file that appears under its name only when complete; until then `NAME.part`, and `NAME.part.have` beside it.
 
     The second holds a line for each chunk that is there: number, offset, index entry, SHA-256 of the bytes in the file. It is
-    only believed after the bytes were hashed again.
+    only believed after the bytes were hashed again. One sink at a time holds a file. With `or_nameless` another takes a file
+    without a name in the same folder, which is gone when it closes.
     """
 
     in_memory = False
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, or_nameless: bool = False) -> None:
+        self.path, self._or_nameless = path, or_nameless
         self._part = path.with_name(path.name + ".part")
         self._have = path.with_name(path.name + ".part.have")
         self._file = -1
         self._list: IO[str] | None = None
 
     def begin(self, job: JobId, attempt: AttemptNumber) -> dict[int, Entry]:
-        """Open the partial file and return what of it is of this attempt; raises StoreFullError."""
+        """Open the partial file and return what of it is of this attempt; raises StoreFullError, ResultError when it is in use."""
         self.close()
         head = {"job": job, "attempt": attempt}
-        there = self._look(head)
         try:
-            self._file = os.open(
-                self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if there else os.O_TRUNC), 0o600
-            )
-            self._list = self._have.open("w", buffering=1)  # a killed process leaves whole lines
+            # Never truncated: another process may have it mapped.
+            self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._take_nameless()
+                return {}
+            there = self._look(head)
+            self._list = self._have.open("w", buffering=1)  # a line is there when its chunk is, also if we are killed
             self._list.write(json.dumps(head) + "\n")
             self._list.writelines(line + "\n" for _, line in there.values())
-            self._list.flush()
         except OSError as error:
             raise StoreFullError(f"{self._part} cannot be written: {error.strerror}.") from error
         return {number: entry for number, (entry, _) in there.items()}
+
+    def _take_nameless(self) -> None:
+        os.close(self._file)
+        self._file = -1
+        if not self._or_nameless:
+            raise ResultError(f"{self._part} is being written by another process; wait for it, or name another file.")
+        self._file, name = tempfile.mkstemp(dir=self.path.parent, prefix="result-")
+        os.unlink(name)
+        self._list = open(os.devnull, "w")  # noqa: SIM115
 
     def place(self, number: int, start: int, entry: Entry, data: memoryview) -> None:
         """Write one chunk and then note that it is there; raises StoreFullError when the disk is full."""
@@ -157,8 +171,14 @@ class FileSink:
         return os.pread(self._file, size, start)
 
     def map(self, archive_bytes: int) -> memoryview:
-        """Return all of it, also what is not there yet, as it lies in the file; zeros where nothing is. Not to be written to."""
-        os.ftruncate(self._file, archive_bytes)
+        """Return all of it, also what is not there yet, as it lies in the file; zeros where nothing is.
+
+        Not to be written to. Raises StoreFullError.
+        """
+        try:
+            os.ftruncate(self._file, archive_bytes)
+        except OSError as error:
+            raise StoreFullError(f"{self._part} cannot be written: {error.strerror}.") from error
         return memoryview(mmap.mmap(self._file, archive_bytes))
 
     def finish(self, archive_bytes: int) -> None:
@@ -179,6 +199,7 @@ class FileSink:
                 self._list.close()
             self._list = None
         if self._file >= 0:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a map of the file holds the descriptor
             os.close(self._file)
             self._file = -1
 

@@ -27,6 +27,8 @@ _TRY_S = 10.0
 _RETRY_S = 0.1
 _HEARTBEAT_NS = 500_000_000
 _SILENCE_S = 1.5
+_AHEAD_BYTES = 16 << 20
+"""So much may have come and wait for its reader before the broker is made to wait."""
 
 
 class NatsBulk:
@@ -209,6 +211,7 @@ class _Push:
     def __init__(self, bulk: NatsBulk, stream: str, subject: str, start: int) -> None:
         self._bulk, self._stream, self._subject, self._start = bulk, stream, subject, start
         self._items: list[LaneMessage] = []
+        self._waiting_bytes = 0
         self._ready = asyncio.Event()
         self._delivered = 0
         self._pending = 1
@@ -250,7 +253,7 @@ class _Push:
                 async with asyncio.timeout(_SILENCE_S):
                     await self._ready.wait()
             self._ready.clear()
-            items, self._items = self._items, []
+            items, self._items, self._waiting_bytes = self._items, [], 0
             if not items:
                 return  # silence, or the lane is gone
             good, gap = self._sort(items)
@@ -259,7 +262,8 @@ class _Push:
             self._answer(items)
             if gap:
                 return
-            if not good or self._pending == 0:
+            # A request of flow control says nothing of what is still to come; a heartbeat comes when nothing else did.
+            if self._pending == 0 or (not good and any(item.status and not item.reply for item in items)):
                 yield []
 
     def _sort(self, items: list[LaneMessage]) -> tuple[list[Arrived], bool]:
@@ -285,9 +289,18 @@ class _Push:
             if message.status == "100":
                 reply = message.reply or message.header("Nats-Consumer-Stalled")
                 if reply:
-                    self._lane.publish(reply, b"")
+                    with suppress(NotConnectedError):  # what has come meanwhile is still good
+                        self._lane.publish(reply, b"")
 
     def _received(self, message: LaneMessage) -> None:
+        if message.status == "100" and message.reply and self._waiting_bytes < _AHEAD_BYTES:
+            assert self._lane is not None
+            with suppress(NotConnectedError):
+                self._lane.publish(
+                    message.reply, b""
+                )  # what is on its way comes while the reader works on what has come
+            return
+        self._waiting_bytes += len(message.data)
         self._items.append(message)
         self._ready.set()
 

@@ -11,7 +11,7 @@ from edif_mesh.errors import RefusedError, WireError
 from edif_mesh.results.index import MAX_ENTRIES
 
 MAX_HEAD_BYTES = 16 << 10
-_PATH = re.compile(r"/v1/results/([a-z0-9]{1,64})/(\d{1,4})/(chunks|index)")
+_PATH = re.compile(r"/v1/results/([a-z0-9]{1,64})/([0-9]{1,4})/(chunks|index)")
 _REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -82,7 +82,7 @@ def parse_numbers(text: str) -> tuple[range, ...]:
     """Return the chunks that a text like `0-63,70` names; raises WireError."""
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", part)
+        match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part)
         if match is None:
             raise WireError("Chunks are asked for as numbers=0-63,70.")
         first, last = int(match[1]), int(match[2] or match[1])

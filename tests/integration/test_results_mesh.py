@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from edif_mesh.client.backend import capture
 from edif_mesh.client.mesh import JobSpec, Mesh
@@ -294,6 +296,35 @@ async def test_of_a_lazy_result_only_what_is_indexed_comes(mesh: RunningMesh, cl
         assert_same(result["acts"][7, :5], wanted()["acts"][7, :5])
         assert result.fetched_bytes < 100_000  # the chunk was here from before
         assert_same(result["acts"].load(), wanted()["acts"])
+
+
+def test_from_the_command_line_values_are_listed_and_taken_in_part(
+    mesh: RunningMesh, client: Path, tmp_path: Path
+) -> None:
+    with mesh.client() as blocking:
+        job = blocking.submit(*a_job(activations, compression="off"))
+        job.wait()
+    listed = json.loads(mesh.edif("show", job.id, "--values", "--json").stdout)
+    assert listed["values"] == [
+        {"name": "acts", "what": "float32 [1000, 1000], 4,000,000 bytes"},
+        {"name": "small", "what": "int64 [25], 200 bytes"},
+    ]
+    assert listed["fetched_bytes"] < 100_000
+    assert "float32 [1000, 1000]" in mesh.edif("show", job.id, "--values").stdout
+    target = tmp_path / "part.safetensors"
+    done = mesh.edif("fetch", job.id, "--only", "acts[3, :5]", "--only", "small", "-o", str(target))
+    assert done.returncode == 0, done.stderr
+    with safe_open(target, "pt") as file:
+        assert_same(file.get_tensor("acts[3, :5]"), wanted()["acts"][3, :5].clone())
+        assert_same(file.get_tensor("small"), wanted()["small"])
+    for only, text in (
+        ("other", "is nothing that was saved"),
+        ("acts[2000]", "does not fit"),
+        ("acts[exit()]", "no index"),
+    ):
+        done = mesh.edif("fetch", job.id, "--only", only, "-o", str(target))
+        assert (done.returncode, text in done.stderr) == (2, True), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.safetensors"]
 
 
 async def deleted(mesh: Mesh, job: str) -> None:

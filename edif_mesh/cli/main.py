@@ -218,6 +218,13 @@ LimitOption = Annotated[
         "Default: [limits] of client.toml."
     ),
 ]
+ResultOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="How results travel: compression=auto, off, fast or best; wire_dtype=float16, bfloat16 or int8 (rounded); "
+        "sealed (only you can open them). Repeatable. Default: [results] of client.toml."
+    ),
+]
 _SCRIPT: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -226,11 +233,19 @@ def run(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="A Python script that uses nnsight.")],
     limit: LimitOption = None,
+    result: ResultOption = None,
 ) -> None:
     """Run a script whose `remote=True` goes through the mesh; starts a gateway when none runs."""
     from edif_mesh.cli.run import run_script
 
-    _run(run_script, script=script, arguments=tuple(context.args), wait=True, limits=tuple(limit or ()))
+    _run(
+        run_script,
+        script=script,
+        arguments=tuple(context.args),
+        wait=True,
+        limits=tuple(limit or ()),
+        results=tuple(result or ()),
+    )
 
 
 @app.command(context_settings=_SCRIPT)
@@ -238,11 +253,19 @@ def submit(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="A Python script that uses nnsight.")],
     limit: LimitOption = None,
+    result: ResultOption = None,
 ) -> None:
     """Send a script's remote jobs without waiting and print their ids; fetch the results later."""
     from edif_mesh.cli.run import run_script
 
-    _run(run_script, script=script, arguments=tuple(context.args), wait=False, limits=tuple(limit or ()))
+    _run(
+        run_script,
+        script=script,
+        arguments=tuple(context.args),
+        wait=False,
+        limits=tuple(limit or ()),
+        results=tuple(result or ()),
+    )
 
 
 @app.command()

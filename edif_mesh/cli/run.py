@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from edif_mesh.client.limits import with_limits
+from edif_mesh.client.travel import with_results
 from edif_mesh.config import ClientConfig, home, load_config
 from edif_mesh.errors import ConfigError, NotFoundError, error_of
 from edif_mesh.identity.keys import PrivateKey
@@ -21,16 +22,20 @@ from edif_mesh.models import hub_answers, told_offline
 from edif_mesh.transport.embedded import die_with_parent, free_port
 
 
-def run_script(*, script: Path, arguments: tuple[str, ...], wait: bool, limits: tuple[str, ...] = ()) -> int:
-    """Run the script in a Python of its own and return its exit code; `limits` are for its jobs only."""
+def run_script(
+    *, script: Path, arguments: tuple[str, ...], wait: bool, limits: tuple[str, ...] = (), results: tuple[str, ...] = ()
+) -> int:
+    """Run the script in a Python of its own and return its exit code; `limits` and `results` are for its jobs only."""
     if not script.is_file():
         raise NotFoundError(f"There is no script {script}.")
     path = home() / "client.toml"
     config = load_config(ClientConfig, path)
     url = f"http://{config.gateway_host}:{config.gateway_port}"
     with_limits(config.limits, limits)  # a mistake is said before anything starts
-    shared = not limits and _serves(url, config)
-    with nullcontext(url) if shared else _own_gateway(path, limits) as url:
+    with_results(config.results, results)
+    own = [*(f"--limit={limit}" for limit in limits), *(f"--result={setting}" for setting in results)]
+    shared = not own and _serves(url, config)
+    with nullcontext(url) if shared else _own_gateway(path, own) as url:
         environment = {**os.environ, "NDIF_HOST": url, "EDIF_WAIT": "1" if wait else "0"}
         if not told_offline() and not hub_answers():
             print("The Hugging Face hub does not answer: the script gets models from the local cache.", file=sys.stderr)
@@ -50,10 +55,10 @@ def _serves(url: str, config: ClientConfig) -> bool:
 
 
 @contextmanager
-def _own_gateway(config: Path, limits: tuple[str, ...]) -> Iterator[str]:
+def _own_gateway(config: Path, options: list[str]) -> Iterator[str]:
     """Run a personal gateway on a port of its own for as long as the script runs; yields its URL."""
     command = [sys.executable, "-m", "edif_mesh.gateway", "--config", str(config), "--port", str(free_port())]
-    command += [f"--limit={limit}" for limit in limits]
+    command += options
     with tempfile.TemporaryFile("w+") as log:  # not a pipe: nobody reads it while the script runs
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=die_with_parent

@@ -15,6 +15,7 @@ import uvicorn
 
 from edif_mesh.client.limits import with_limits
 from edif_mesh.client.mesh import Mesh
+from edif_mesh.client.travel import with_results
 from edif_mesh.config import ClientConfig, home, load_config
 from edif_mesh.errors import EdifError
 from edif_mesh.gateway.app import create_app
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--host", help="address to listen on (default: from the settings, 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: from the settings, 8001)")
     parser.add_argument("--limit", action="append", default=[], help="NAME=VALUE, over [limits] of the settings")
+    parser.add_argument("--result", action="append", default=[], help="SETTING=VALUE, over [results] of the settings")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
@@ -38,6 +40,7 @@ def main() -> None:
             gateway_host=given.host or config.gateway_host,
             gateway_port=given.port or config.gateway_port,
             limits=with_limits(config.limits, given.limit),
+            results=with_results(config.results, given.result),
         )
         serve(config)
     except EdifError as error:

@@ -119,6 +119,22 @@ def test_a_script_s_limits_are_set_for_its_jobs_and_the_receipt_shows_what_was_u
     assert "wall=90min" in refused.stderr
 
 
+def test_how_the_results_of_one_script_travel_is_said_with_it(mesh: RunningMesh, script: Path) -> None:
+    settings = ("--result", "sealed", "--result", "wire_dtype=float16", "--result", "compression=best")
+    done = mesh.edif("run", *settings, str(script), tiny_gpt2())
+    assert "shape (1, 2, 512)" in done.stdout, done.stdout + done.stderr
+    with mesh.client() as client:
+        job = client.mesh.job(document(mesh.edif("jobs", "--json"))[0]["job"])
+        order, manifest = job.order(), job.verified_manifest(client.run(job.status()))
+    assert order is not None
+    assert (order.results.wire_dtype, order.results.compression) == ("float16", "best")
+    assert manifest.sealed_key
+    for wrong, says in (("compression=zip", "auto, off, fast, best"), ("seal", "There is no setting 'seal'")):
+        refused = mesh.edif("run", "--result", wrong, str(script))
+        assert refused.returncode == 2
+        assert says in refused.stderr
+
+
 class _Hub(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.send_response(200)

@@ -250,8 +250,8 @@ def test_save_writes_tensors_and_the_rest_apart(tmp_path: Path) -> None:
 
 
 def test_no_more_than_pieces_are_in_memory_while_a_file_is_written(tmp_path: Path) -> None:
-    rows = 15_000  # 60 MB as float32, 15 MB as they travel
-    (tmp_path / "x.edif").write_bytes(plan({"acts": torch.ones(rows, 1000)}, wire_dtype="int8").to_bytes())
+    rows = 30_000  # 120 MB as float32, 60 MB as they travel
+    (tmp_path / "x.edif").write_bytes(plan({"acts": torch.ones(rows, 1000)}, wire_dtype="float16").to_bytes())
     script = (
         "import resource, sys; from pathlib import Path; from edif_mesh.results.lazy import open_archive\n"
         "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
@@ -265,7 +265,7 @@ def test_no_more_than_pieces_are_in_memory_while_a_file_is_written(tmp_path: Pat
         [sys.executable, "-c", script, str(tmp_path / "x.edif"), str(tmp_path / "o.safetensors")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) < 40_000, "KiB of memory of its own"
+    assert int(done.stdout) < 80_000, "KiB of memory of its own"
     assert (tmp_path / "o.safetensors").stat().st_size > rows * 4000
 
 

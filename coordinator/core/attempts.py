@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from coordinator.core.decision import Draft, Reply, SendStop
 from coordinator.core.events import GrantAnswered, GrantUndelivered, SiteReported
-from coordinator.core.keeping import kept_from
+from coordinator.core.keeping import gone_lender, kept_from
 from coordinator.core.schedule import grant_message, lease_end
 from coordinator.core.state import AttemptRecord, JobRecord, SiteRecord
 from edif_mesh.domain.attempt import ATTEMPT_TRANSITIONS, AttemptStatus, Blame
@@ -178,6 +178,12 @@ def _apply(draft: Draft, job: JobRecord, attempt: AttemptRecord, report: Report,
     if status is AttemptStatus.SUCCEEDED and not _manifest_fits(job, attempt, report, manifest):
         status, blame = AttemptStatus.FAILED, Blame.SITE
         failure = Failure("bad_manifest", f"{attempt.site} reported a result whose manifest does not fit the job.")
+    elif (
+        status is AttemptStatus.SUCCEEDED and manifest is not None and (gone := gone_lender(draft, job.owner, manifest))
+    ):
+        # Deleted while this attempt ran. Nobody's fault; the site learns of it with its next advert.
+        status, text = AttemptStatus.RELEASED, f"Its result uses chunks of {gone} again, which is not kept any more."
+        failure = Failure("lender_gone", text)
     repeats = (
         status is attempt.status and status in _PROGRESS
     )  # no site may say GRANTED: that is the coordinator's word

@@ -28,6 +28,15 @@ def kept_from(draft: Draft, manifest: Manifest) -> Keeping:
     return Keeping(manifest.stored_bytes, until_ms, tuple(dict.fromkeys(lender.job for lender in manifest.lenders)))
 
 
+def gone_lender(draft: Draft, owner: KeyId, manifest: Manifest) -> JobId | None:
+    """Return a job whose chunks a manifest uses again although they are not kept for its owner (any more), or None."""
+    for lender in manifest.lenders:
+        kept = draft.state.kept.get(lender.job)
+        if kept is None or kept.owner != owner:
+            return lender.job
+    return None
+
+
 def too_much_kept(state: MeshState, owner: KeyId) -> tuple[str, str] | None:
     """Why a researcher may order nothing more: code and text; or None."""
     used, most = state.kept_bytes.get(owner, 0), state.policy.max_kept_bytes

@@ -296,7 +296,7 @@ def keep(state: MeshState, record: JobRecord) -> None:
         state.deleting[record.job] = None
     else:
         state.deleting.pop(record.job, None)
-    wanted = keeping is not None and keeping.deleted_at_ms is None and keeping.stored_bytes > 0
+    wanted = keeping is not None and keeping.deleted_at_ms is None and (keeping.stored_bytes > 0 or keeping.lenders)
     if not wanted or keeping is None or record.result_site is None:
         unkeep(state, record.job)
     elif record.job not in state.kept:

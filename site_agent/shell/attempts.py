@@ -272,7 +272,8 @@ class AttemptTask:
         choice = Choice(wanted.compression, self._with.link, wanted.link_bytes_per_s)
         if wanted.seal_to:
             return ChunkForms(choice, sealer=Sealer(wanted.seal_to, held.digest, held.attempt))
-        if wanted.session:
+        # An attempt may have been for nothing because a lender was deleted meanwhile; the next one depends on nobody.
+        if wanted.session and held.attempt == 1:
             sharing = Sharing(self._with.shared, held.owner, wanted.session, lambda: read_clocks().wall_ms)
             return ChunkForms(choice, sharing=sharing)
         return ChunkForms(choice)

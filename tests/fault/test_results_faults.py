@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.link import Link
+from edif_mesh.config import ClientConfig, load_config
 from edif_mesh.domain.ids import AttemptNumber, JobId
 from edif_mesh.results.transfer import ResultWriter
 from edif_mesh.results.transfer_read import ResultReader
@@ -164,9 +164,12 @@ def test_a_killed_client_goes_on_with_what_it_has_and_another_machine_begins_ane
     assert torch.equal(read(target)["big"], torch.ones(60 << 18))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for name in ("client.toml", "secrets", "trust.json", "client"):
-        if (source := mesh.home / name).exists():
-            shutil.copytree(source, elsewhere / name) if source.is_dir() else shutil.copy(source, elsewhere / name)
+    config = load_config(ClientConfig, mesh.home / "client.toml")
+    broker = config.broker
+    (elsewhere / "client.toml").write_text(  # the key and what it trusts, and nothing of what was fetched
+        f"federation = '{config.federation}'\nkey_file = '{config.key_file}'\ntrust_file = '{config.trust_file}'\n"
+        f"outbox_dir = 'outbox'\n[broker]\nurl = '{broker.url}'\nuser = '{broker.user}'\npassword_file = '{broker.password_file}'\n"
+    )
     moved = fetching(elsewhere, job, tmp_path / "b.edif")
     assert moved.wait(60) == 0
     assert (tmp_path / "b.edif").read_bytes() == target.read_bytes()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,18 @@ from safetensors import safe_open
 
 from edif_mesh.client.backend import capture
 from edif_mesh.client.mesh import JobSpec, Mesh
+from edif_mesh.config import ClientConfig, CoordinatorConfig, load_config, read_password
+from edif_mesh.domain.ids import AttemptNumber
 from edif_mesh.domain.job import JobStatus
 from edif_mesh.errors import ConfigError, RefusedError, ResultGoneError
+from edif_mesh.results.archive import read
+from edif_mesh.transport.nats_bus import connect
 from edif_mesh.wire import subjects
-from tests.mesh import RunningMesh, running_mesh
+from tests import traces
+from tests.mesh import RunningMesh, environment, running_mesh
 from tests.models import tiny_gpt2
+from tests.raw_client import RawClient
+from tests.raw_client import load as loaded
 from tests.same_values import assert_same
 from tests.submitting import load
 
@@ -177,6 +187,96 @@ async def test_the_same_values_are_stored_once_in_a_session(client: Path) -> Non
         assert_same(await elsewhere.job(second.id).result(), wanted())
         await elsewhere.job(second.id).delete()
         await deleted(elsewhere, first.id)
+
+
+def numbers(model: Any, backend: Any) -> None:
+    with model.trace("hello world", backend=backend):
+        found = list(range(30_000)).save()
+
+
+async def test_a_result_that_stores_nothing_itself_outlives_the_one_it_borrows_from(client: Path) -> None:
+    async with await Mesh.connect(client) as mesh:
+        first = await mesh.submit(*a_job(numbers))
+        await first.result()
+        second = await mesh.submit(*a_job(numbers))
+        await second.result()
+        assert second.verified_manifest(await second.status()).stored_bytes == 0
+    async with await Mesh.connect(without_direct_path(client)) as elsewhere:
+        assert f"its chunks go when {second.id}" in (await elsewhere.job(first.id).delete()).text
+        assert await elsewhere.job(second.id).result() == {"found": list(range(30_000))}
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from edif_mesh.client.mesh import Mesh
+
+def die(done, of):
+    if 0 < done < of:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    async with await Mesh.connect(Path(sys.argv[1])) as mesh:
+        await mesh.job(sys.argv[2]).fetch_to(Path(sys.argv[3]), progress=die)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_fetch_that_was_killed_is_gone_on_with_and_takes_nothing_twice(
+    mesh: RunningMesh, client: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "result.edif"
+    client = without_direct_path(client)
+    async with await Mesh.connect(client) as connected:
+        job = await connected.submit(*a_job(activations, compression="off"), follow=False)
+        await job.wait()
+        command = [sys.executable, "-c", KILLED, str(client), job.id, str(target)]
+        killed = await asyncio.to_thread(subprocess.run, command, env=environment(), timeout=60)
+        assert killed.returncode == -signal.SIGKILL
+        assert not target.exists()
+        there = [int(line.split()[0]) for line in target.with_name("result.edif.part.have").open() if line[0] != "{"]
+        assert there
+    await purge(mesh, *(subjects.result_chunk(job.id, AttemptNumber(1), number) for number in there))
+    # What the killed one had cannot be had from the broker any more.
+    async with await Mesh.connect(client) as connected:
+        size = await connected.job(job.id).fetch_to(target)
+    assert size == target.stat().st_size
+    assert_same(dict(read(target.read_bytes())), wanted())
+    assert [path.name for path in tmp_path.iterdir()] == ["result.edif"]
+
+
+def without_direct_path(client: Path) -> Path:
+    """The same settings, for a client that fetches from the broker only."""
+    settings = client.with_name("broker-only.toml")
+    text = client.read_text()
+    settings.write_text(text.replace("[broker]", "[results]\ndirect = false\n\n[broker]", 1))
+    assert not load_config(ClientConfig, settings).results.direct
+    return settings
+
+
+async def purge(mesh: RunningMesh, *names: str) -> None:
+    """Have the broker forget what lies on these subjects of the results."""
+    broker = load_config(CoordinatorConfig, mesh.home / "coordinator" / "coordinator.toml").broker
+    connection = await connect(broker.url, name="test", user=broker.user, password=read_password(broker))
+    try:
+        for name in names:
+            await connection.streams.purge(subjects.RESULTS_STREAM, name)
+            assert await connection.streams.subjects(subjects.RESULTS_STREAM, name) == {}
+    finally:
+        await connection.close()
+
+
+def test_the_gateway_gives_a_result_at_its_address_again_after_it_has_removed_the_file(mesh: RunningMesh) -> None:
+    gateway = RawClient(mesh.gateway_url)
+    job = gateway.submit(traces.large(5))
+    address = gateway.poll(job)["data"]
+    first = gateway.http.get(address).content
+    (mesh.home / "gateway-results" / f"{job}.pt").unlink()
+    assert gateway.http.get(address).content == first
+    assert torch.equal(loaded(first)["big"], torch.ones(5 << 18))
+    assert gateway.http.get(address[:-1] + ("A" if address[-1] != "A" else "B")).status_code == 404
+    gateway.http.close()
 
 
 async def test_of_a_lazy_result_only_what_is_indexed_comes(mesh: RunningMesh, client: Path) -> None:

@@ -106,7 +106,7 @@ def indices(draw: Any, shape: tuple[int, ...]) -> Any:
 def test_any_index_gives_what_torch_gives(data: st.DataObject) -> None:
     tensor, storage = data.draw(tensors())
     index = data.draw(indices(tuple(tensor.shape)))
-    lazy, _ = lazy_over(tensor, storage)
+    lazy, _pieces = lazy_over(tensor, storage)
     try:
         wanted = tensor[index]
     except (IndexError, TypeError, RuntimeError, ValueError):

@@ -115,6 +115,39 @@ def test_chunks_that_another_kept_result_uses_stay_until_that_one_goes() -> None
     assert lender in purges(desk.sent)
 
 
+def test_a_result_that_stores_nothing_itself_keeps_its_lender_too() -> None:
+    desk = a_desk()
+    lender = succeeded(desk, 1)
+    user = succeeded(desk, 2, lenders=(Lender(lender, desk.attempt(lender).attempt),), stored_bytes=0)
+    assert purges(delete(desk, lender).send) == []
+    delete(desk, user)
+    desk.passes(1000)
+    assert lender in purges(desk.sent)
+
+
+@pytest.mark.parametrize("owner", [ALICE, BOB])
+def test_a_result_that_uses_what_was_deleted_meanwhile_or_is_another_s_is_made_again(owner: KeyId) -> None:
+    desk = a_desk()
+    lender = succeeded(desk, 1, owner)
+    user = desk.orders(2)
+    desk.accepts(user)
+    attempt = desk.attempt(user)
+    if owner == ALICE:
+        delete(desk, lender)
+    lenders = (Lender(lender, desk.attempt(lender).attempt),)
+    desk.reports(user, AttemptStatus.SUCCEEDED, opened=a_manifest(desk.job(user), attempt, lenders=lenders))
+    assert desk.job(user).status is not JobStatus.SUCCEEDED
+    failure = desk.attempt(user).failure
+    assert failure is not None
+    assert f"uses chunks of {lender} again" in failure.text
+    desk.passes(10_000, A)
+    desk.accepts(user)
+    again = desk.attempt(user)
+    assert again.attempt == attempt.attempt + 1
+    desk.reports(user, AttemptStatus.SUCCEEDED, opened=a_manifest(desk.job(user), again))
+    assert desk.job(user).status is JobStatus.SUCCEEDED
+
+
 def test_a_result_is_kept_no_longer_than_the_chunks_that_it_uses() -> None:
     desk = a_desk(keep_results_ms=DAY_MS)
     lender = succeeded(desk, 1)

@@ -146,7 +146,7 @@ SPEAKING_ON = """
 def more():
     for _ in range(1000): say(LOG, b'still here')
     failed(code='user_error', text='no')
-    say(RESULT, bytes(8))
+    say(DATA, bytes(8))
 threading.Thread(target=more).start()
 """
 

@@ -35,7 +35,8 @@ async def test_one_percent_moves_under_two_percent(tmp_path: Path, layers: int, 
     server = NatsServer(tmp_path)
     server.start()
     connection = await connect(server.url, name="lazy")
-    await connection.streams.ensure(subjects.STREAMS, max_bytes={spec.name: 3 << 30 for spec in subjects.STREAMS})
+    room = {spec.name: (3 << 30) if spec.name == subjects.RESULTS_STREAM else (16 << 20) for spec in subjects.STREAMS}
+    await connection.streams.ensure(subjects.STREAMS, max_bytes=room)
     bulk, other = NatsBulk.beside(connection), NatsBulk.beside(connection)
     try:
         archive = plan({"acts": acts, "loss": 0.5})

@@ -313,20 +313,14 @@ def test_from_the_command_line_values_are_listed_and_taken_in_part(
         {"name": "small", "what": "int64 [25], 200 bytes"},
     ]
     assert listed["fetched_bytes"] < 100_000
-    assert "float32 [1000, 1000]" in mesh.edif("show", job.id, "--values").stdout
     target = tmp_path / "part.safetensors"
     done = mesh.edif("fetch", job.id, "--only", "acts[3, :5]", "--only", "small", "-o", str(target))
     assert done.returncode == 0, done.stderr
     with safe_open(target, "pt") as file:
         assert_same(file.get_tensor("acts[3, :5]"), wanted()["acts"][3, :5].clone())
         assert_same(file.get_tensor("small"), wanted()["small"])
-    for only, text in (
-        ("other", "is nothing that was saved"),
-        ("acts[2000]", "does not fit"),
-        ("acts[exit()]", "no index"),
-    ):
-        done = mesh.edif("fetch", job.id, "--only", only, "-o", str(target))
-        assert (done.returncode, text in done.stderr) == (2, True), done.stderr
+    done = mesh.edif("fetch", job.id, "--only", "acts[2000]", "-o", str(target))
+    assert (done.returncode, "does not fit" in done.stderr) == (2, True), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part.safetensors"]
 
 

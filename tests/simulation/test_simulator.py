@@ -8,7 +8,7 @@ from types import FunctionType, ModuleType
 
 import pytest
 
-from coordinator.core import attempts, decision, jobs, placement, schedule
+from coordinator.core import attempts, decision, jobs, keeping, placement, schedule
 from coordinator.core.state import SiteRecord
 from edif_mesh.domain.ids import AttemptNumber
 from tests.simulation.world import Violation, World, run
@@ -49,6 +49,9 @@ def test_many_seeds() -> None:
 
 
 PLANTED: list[tuple[str, ModuleType, str, str]] = [
+    ("chunks that another result uses are deleted", keeping, "\n        and not borrowers(draft.state, job.job, draft.now_ms)", ""),
+    ("a deletion that got no answer is not asked again", keeping, "    for name in list(draft.state.deleting):", "    for name in ():"),
+    ("a site is not told to drop", keeping, "return tuple(wanted[:MAX_DROPS])", "return ()"),
     ("no fence: a report of an ended attempt is applied", attempts, "    if attempt.status.terminal:\n        changes", "    attempt = replace(attempt, status=AttemptStatus.RUNNING)\n    if False:\n        changes"),
     ("an older report undoes a newer one", attempts, "if report.sequence > attempt.sequence:", "if True:"),
     ("a lost attempt is forgotten", attempts, "if job is not None and not job.terminal and job.attempt == attempt.attempt:\n        again", "if False:\n        again"),

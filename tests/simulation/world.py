@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from coordinator.core import decide as core
 from coordinator.core import events as ev
-from coordinator.core.decision import Outgoing, PublishRefusal, Reply, SendGrant, SendStop
+from coordinator.core.decision import Outgoing, PublishRefusal, PurgeJob, Reply, SendGrant, SendStop
 from coordinator.core.invariants import broken_by
 from coordinator.core.state import (
     AttemptChanged,
@@ -39,6 +39,7 @@ from edif_mesh.wire.messages import (
     AttemptRef,
     Grant,
     LeaseRenewed,
+    Lender,
     Manifest,
     Order,
     PayloadRef,
@@ -93,6 +94,7 @@ class Site:
     loaded: dict[str, int] = field(default_factory=lambda: {"m": 0})
     """When each model that is in memory was loaded."""
     loading: set[str] = field(default_factory=set)
+    dropped: tuple[JobId, ...] = ()
 
     def residents(self, now_ms: int) -> list[Resident]:
         """What takes memory, and why it must stay."""
@@ -138,6 +140,7 @@ class World:
         self.sites = {SiteId(f"site-{n}"): Site(SiteId(f"site-{n}"), slots=1 + n % 3) for n in range(sites)}
         self.orders: dict[JobId, Order] = {}
         self.refused: set[JobId] = set()
+        self.purging: set[JobId] = set()
         self.committed: dict[JobId, tuple[int, str]] = {}
         self.starts: set[tuple[SiteId, Digest, AttemptNumber]] = set()
         self._start_term()
@@ -167,14 +170,20 @@ class World:
         if not self.up:
             self._recover()
         end = self.now_ms + HEALED_BOUND_MS
-        while self.now_ms < end and self._open_jobs():
+        while self.now_ms < end and (self._open_jobs() or self._undeleted()):
             self._next()
+        if undeleted := self._undeleted():
+            self._fail([f"{undeleted[0]} was not deleted after healing: {self.state.jobs[undeleted[0]].keeping}"])
         if stuck := self._open_jobs():
             self._fail(
                 [
                     f"{len(stuck)} jobs did not end after healing: {[(j, self.state.jobs[j].status) if j in self.state.jobs else j for j in stuck[:3]]}"
                 ]
             )
+
+    def _undeleted(self) -> list[JobId]:
+        """Jobs whose deletion should be done: nobody uses their chunks."""
+        return [job for job in self.state.deleting if not self.state.borrowed.get(job)]
 
     def _open_jobs(self) -> list[JobId]:
         return [
@@ -262,7 +271,10 @@ class World:
         for change in sorted(self.record.values(), key=lambda change: isinstance(change, SiteChanged)):
             evolve(self.state, change)  # sites last, as the shell does
         evolve(self.state, TermChanged(self.epoch))
-        if (self.state.jobs, set(self.state.active)) != (before.jobs, set(before.active)):
+        same = "jobs", "kept", "kept_bytes", "kept_bytes_at", "borrowed", "deleting"
+        if set(self.state.active) != set(before.active) or any(
+            getattr(self.state, name) != getattr(before, name) for name in same
+        ):
             self._fail(["what was recovered is not what was decided"])
         self._start_term()
 
@@ -304,6 +316,9 @@ class World:
                     self._post(lambda: self._acknowledged(site, message), site)
             case PublishRefusal(job, _):
                 self.refused.add(job)
+            case PurgeJob(job) if job not in self.purging:
+                self.purging.add(job)
+                self._after(self.random.randint(2, 3_000), lambda: self._purge(job))
             case _:
                 pass
 
@@ -401,6 +416,7 @@ class World:
                 grant.order_digest,
                 self.now_ms,
                 Receipt(),
+                lenders=self._lenders(site, grant),
             )
             if done
             else None
@@ -431,6 +447,25 @@ class World:
         if site.up and held is not None and held.running and stop.epoch >= site.highest_epoch:
             self._report(site, held, AttemptStatus.CANCELLED)
 
+    def _lenders(self, site: Site, grant: Grant) -> tuple[Lender, ...]:
+        """Some results use chunks of an earlier one of their site, which may have been deleted meanwhile."""
+        if grant.attempt > 1 or self.random.random() < 0.6:
+            return ()
+        ended = [j for j in self.state.jobs.values() if j.result_site == site.name and j.job not in site.dropped]
+        return tuple(Lender(job.job, job.attempt) for job in self.random.sample(ended, min(1, len(ended))))
+
+    def _purge(self, job: JobId) -> None:
+        """The broker deletes a job's chunks, unless that request was lost."""
+        self.purging.discard(job)
+        if self.random.random() < 0.2 and self.faults:
+            return
+        users = [kept.job for kept in self.state.kept.values() if job in kept.lenders and self.now_ms < kept.until_ms]
+        if users:
+            self._fail([f"the chunks of {job} were deleted, and {users[0]} still uses them"])
+        if job in self.state.kept:
+            self._fail([f"the chunks of {job} were deleted, and nobody had asked for it"])
+        self.feed(ev.JobPurged(job))
+
     def _renewed(self, site: Site, answer: LeaseRenewed, sent_at_ms: int) -> None:
         if not site.up or answer.epoch < site.highest_epoch:
             return
@@ -440,6 +475,7 @@ class World:
                 held.lease_until_ms = max(held.lease_until_ms, sent_at_ms + answer.lease_ms)
             elif held.running and held.accepted_at_ms < sent_at_ms:
                 self._report(site, held, AttemptStatus.RELEASED)
+        site.dropped = answer.drop
 
     def _advert_loop(self, site: Site) -> None:
         self._after(ADVERT_MS, lambda: self._advert_loop(site))
@@ -454,7 +490,7 @@ class World:
             country="DE", slots=site.slots, free_slots=site.slots, memory_bytes=64 << 30, free_memory_bytes=64 << 30, devices=(),
             models=site.offers(), models_bytes=MODELS_BYTES, versions=Versions(nnsight="0.8.1"),
             limits=Limits(), sandbox="namespaced" if site is next(iter(self.sites.values())) else "base",
-            attempts=tuple(AttemptRef(*key, AttemptStatus.RUNNING) for key in site.held),
+            attempts=tuple(AttemptRef(*key, AttemptStatus.RUNNING) for key in site.held), dropped=site.dropped,
         )  # fmt: skip
         sent_at = self.now_ms
         self._post(lambda: self.feed(ev.AdvertReceived(advert, f"{site.name}|{sent_at}")), site)
@@ -475,7 +511,7 @@ class World:
         if not self.faults:
             return
         site = self.random.choice(list(self.sites.values()))
-        match self.random.randrange(9):
+        match self.random.randrange(10):
             case 0 | 1 if site.up:
                 self.counts["site crashed"] += 1
                 site.up = False
@@ -505,6 +541,10 @@ class World:
                 self.feed(ev.CancelRequested(self.random.choice(running)[0], KeyId("k"), "no need"))
                 site.up = False
                 self._after(self.random.randint(100, 60_000), lambda: self._restart(site))
+            case 9 if self.orders:
+                job = self.random.choice(list(self.orders))
+                self.counts["deletion asked"] += 1
+                self.feed(ev.DeletionAsked(job, KeyId("k"), ""))
             case _:
                 pass
 
@@ -512,7 +552,7 @@ class World:
         if site.up:
             return
         site.up, site.boots = True, site.boots + 1
-        site.loaded, site.loading = {"m": self.now_ms - RESIDENCY_MS}, set()
+        site.loaded, site.loading, site.dropped = {"m": self.now_ms - RESIDENCY_MS}, set(), ()
         for held in list(site.held.values()):
             if held.running:
                 held.sequence += 1000

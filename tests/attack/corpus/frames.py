@@ -10,7 +10,7 @@ FRAMES_PRELUDE = (
     PRELUDE
     + """
 import json
-JOB, WARM, READY, STARTED, LOG, RESULT, DONE, FAILED = 1, 2, 10, 11, 12, 13, 14, 15
+JOB, WARM, READY, STARTED, LOG, DONE, FAILED, DATA, CUT = 1, 2, 10, 11, 12, 14, 15, 17, 18
 SOCK = sock()
 
 def raw(data):
@@ -48,14 +48,16 @@ FORGERIES = (
     F("ready again", "say(READY)", "READY where"),
     F("started twice", "say(STARTED)", "STARTED where"),
     F("a line of 4 GB", "say(LOG, b'', 0xFFFFFFFF)", "claims 4294967295 bytes"),
-    F("a result of 1 TB", "say(RESULT, struct.pack('<Q', 1 << 40))", "1099511627776"),
-    F("a result of the largest number", "say(RESULT, b'\\xff' * 8)", "18446744073709551615"),
-    F("a result of nothing", "say(RESULT, bytes(8))", "a result of 0 bytes"),
-    F("a result without its size", "say(RESULT, b'x')", "claims 1 bytes"),
+    F("a piece of 4 GB", "say(DATA, b'', 0xFFFFFFFF)", "claims 4294967295 bytes"),
+    F("pieces beyond the limit", "for _ in range(40): say(DATA, bytes(1 << 19))", "are allowed"),
+    F("an empty piece", "say(DATA)", "a result of 0 bytes"),
+    F("a cut without its byte", "say(CUT)", "claims 0 bytes"),
+    F("a frame of version 1", "say(13, bytes(8))", "unknown kind 13"),
     F("done before a result", "say(DONE)", "DONE where"),
     F("done with a body", "say(DONE, b'12345')", "claims 5 bytes"),
-    F("two results", "say(RESULT, struct.pack('<Q', 4) ); raw(b'abcd'); say(RESULT, struct.pack('<Q', 4))", "RESULT where"),
-    F("a result that stops halfway", "say(RESULT, struct.pack('<Q', 1 << 20)); raw(b'abcd'); os._exit(0)", "died without a result", "runner_crashed"),
+    F("done after cuts alone", "say(CUT, b'\\0'); say(CUT, b'\\0'); say(DONE)", "DONE where"),
+    F("started again in the middle", "say(DATA, b'abcd'); say(STARTED)", "STARTED where"),
+    F("a piece that stops halfway", "say(DATA, b'abcd', 1 << 20); os._exit(0)", "died without a result", "runner_crashed"),
     F("a failure that blames the host", "failed(code='host_lost', text='The site is bad.')", "without a known code"),
     F("a failure that blames the sandbox", "failed(code='sandbox', text='The site is bad.')", "without a known code"),
     F("a failure of the agent's own kind", "failed(code='wall_time', text='x')", "without a known code"),
@@ -74,7 +76,4 @@ FORGERIES = (
 
 def sends(archive: bytes, after: str = "") -> str:
     """Return a source that sends an archive of its own making as the result, is done, and then does `after`."""
-    return (
-        f"{FRAMES_PRELUDE}\narchive = {archive!r}\nsay(RESULT, struct.pack('<Q', len(archive)))\nraw(archive)\nsay(DONE)\n"
-        f"{after}\ntime.sleep(30)\n"
-    )
+    return f"{FRAMES_PRELUDE}\narchive = {archive!r}\nsay(DATA, archive)\nsay(DONE)\n{after}\ntime.sleep(30)\n"

@@ -30,6 +30,8 @@ class Address:
 
     job: JobId
     attempt: AttemptNumber
+    last: int = -1
+    """The number of its last chunk, where that is known."""
 
 
 class Source(Protocol):
@@ -59,7 +61,8 @@ class BrokerSource:
     async def chunks(self, address: Address, wanted: Mapping[int, int]) -> AsyncGenerator[Batch, None]:
         """See `Source`. Raises NotConnectedError, NoReplyError when the broker stays away."""
         left = set(wanted)
-        if len(left) > _FEW and len(left) >= _DENSE * (max(left) - min(left) + 1):
+        # A push does not know where to stop: what is on its way behind the last wanted chunk would come for nothing.
+        if len(left) > _FEW and max(left) == address.last and len(left) >= _DENSE * (max(left) - min(left) + 1):
             first = await self._arrived(address, min(left))
             start = first.sequence if first is not None else 1
             async with aclosing(self._pushed(address, left, start)) as pushing:

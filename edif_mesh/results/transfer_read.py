@@ -175,7 +175,7 @@ class ResultReader:
         own = [number for number in missing if index.entries[number].lender == OWN]
         for source in self._sources(manifest) if self._sources is not None and own else ():
             try:
-                await self._take(source, Address(self._job, manifest.attempt), manifest, index, own)
+                await self._take(source, Address(self._job, manifest.attempt, len(index) - 1), manifest, index, own)
             except (ChunkError, OSError, TransportError) as error:
                 if isinstance(error, ChunkError):
                     self._stats.refused_chunks += 1
@@ -184,7 +184,7 @@ class ResultReader:
             own = [number for number in own if number not in self._have]
             if not own:
                 break
-        await self._take(self._broker, Address(self._job, manifest.attempt), manifest, index, own)
+        await self._take(self._broker, Address(self._job, manifest.attempt, len(index) - 1), manifest, index, own)
         for place, lender in enumerate(manifest.lenders, 1):
             lent = [number for number in missing if index.entries[number].lender == place]
             await self._take(self._broker, Address(lender.job, lender.attempt), manifest, index, lent)

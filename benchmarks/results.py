@@ -61,7 +61,7 @@ def main() -> None:
         if "speed" in given.only:
             tables.append(speeds(bench, given.sizes, given.runs))
         if "first" in given.only:
-            tables.append(first_values(bench, 3 * given.runs))
+            tables.append(first_values(bench, 2 * given.runs))
         if "rtt" in given.only:
             tables.append(far(bench, [size for size in given.sizes if size <= 300], given.runs))
         if "memory" in given.only:
@@ -146,8 +146,10 @@ def speeds(bench: Bench, sizes: list[int], runs: int) -> Table:
         took = asyncio.run(_speed(bench, size, count))
         for name, seconds in took.items():
             rate = f"{size / statistics.median(seconds):.0f}" if seconds else "not run"
-            rows.setdefault(name, []).append(rate)
+            rows.setdefault(name, ["not run"] * sizes.index(size)).append(rate)
             print(f"{size:>5} MB  {name:<60} {rate:>6} MB/s", flush=True)
+        for cells in rows.values():
+            cells += ["not run"] * (sizes.index(size) + 1 - len(cells))
     columns = ("MB/s", *(f"{size} MB" for size in sizes))
     return ("Results, MB/s", columns, [(name, *cells) for name, cells in rows.items()])
 
@@ -158,6 +160,20 @@ async def _speed(bench: Bench, size: int, runs: int) -> dict[str, list[float]]:
 
     async def fetched(mesh: Any) -> None:
         await mesh.job(job).archive()
+
+    async def only_direct() -> None:
+        from edif_mesh.results.forms import FormOpener
+        from edif_mesh.results.transfer_read import ResultReader
+        from edif_mesh.results.transfer_sinks import BufferSink
+
+        handle = direct.job(job)
+        manifest = handle.verified_manifest(await handle.status())
+        way = _OnlyDirect(direct.paths.direct(manifest))
+        stats = await ResultReader(
+            direct.bulk, handle.id, BufferSink(), opener=FormOpener(), sources=lambda _: [way]
+        ).read(manifest)
+        assert stats.refused_chunks == 0
+        assert way.bytes >= manifest.stored_bytes
 
     async def submitted() -> None:
         mesh = await bench.client()
@@ -189,13 +205,15 @@ async def _speed(bench: Bench, size: int, runs: int) -> dict[str, list[float]]:
         "raw loopback TCP": tcp,
         "plain HTTP (sendfile, raw reader)": lambda: asyncio.to_thread(_http, size * MB, False, cases_took),
         "plain HTTP (sendfile, httpx)": lambda: asyncio.to_thread(_http, size * MB, True, cases_took),
-        "mesh, a finished result, directly from its site": lambda: fetched(direct),
         "mesh, a finished result, through NATS": lambda: fetched(through),
+        "mesh, a finished result, by the way that the client chooses": lambda: fetched(direct),
         "mesh, Python client, from submission to values": submitted,
     }
     if size <= 300:
         cases["mesh, unmodified nnsight, from submission to values"] = unmodified
         cases["object store of nats-py, get"] = lambda: _object_store(bench, size, cases_took)
+    if size >= 4:  # a smaller one is not kept for the endpoint
+        cases["mesh, a finished result, directly from its site over HTTPS"] = only_direct
     took: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(runs + 1):
         for name, case in cases.items():
@@ -208,7 +226,32 @@ async def _speed(bench: Bench, size: int, runs: int) -> dict[str, list[float]]:
     await through.close()
     await direct.close()
     await bench.delete(job)
+    _served(size * MB).unlink(missing_ok=True)
     return took
+
+
+class _OnlyDirect:
+    """The direct way and no other: what it does not give fails."""
+
+    def __init__(self, source: Any) -> None:
+        self._source, self.bytes = source, 0
+
+    def refused(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    async def chunks(self, address: Any, wanted: Any) -> Any:
+        async for batch in self._source.chunks(address, wanted):
+            self.bytes += sum(len(data) for _, data in batch)
+            yield batch
+
+
+def _served(size: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"edif-bench-{os.getpid()}-{size}"
+
+
+def _touched(size: int) -> memoryview:
+    """Memory whose pages are there."""
+    return memoryview(bytearray(b"x") * size)
 
 
 def _raw_tcp(size: int, took: list[float]) -> None:
@@ -222,8 +265,8 @@ def _raw_tcp(size: int, took: list[float]) -> None:
         sender = subprocess.Popen([sys.executable, "-S", "-E", "-c", code, str(listener.getsockname()[1]), str(size)])
         connection, _ = listener.accept()
     with connection:
+        into, got = _touched(size), 0
         began = time.perf_counter()
-        into, got = memoryview(bytearray(size)), 0
         connection.sendall(b"!")
         while got < size and (count := connection.recv_into(into[got:])):
             got += count
@@ -237,7 +280,7 @@ def _http(size: int, library: bool, took: list[float]) -> None:
 
     import httpx
 
-    path = Path(tempfile.gettempdir()) / f"edif-bench-{os.getpid()}-{size}"
+    path = _served(size)
     if not path.exists():
         path.write_bytes(os.urandom(min(size, 1 << 24)) * (size // min(size, 1 << 24) + 1))
         os.truncate(path, size)
@@ -246,6 +289,7 @@ def _http(size: int, library: bool, took: list[float]) -> None:
     )
     assert server.stdout is not None
     port = int(server.stdout.readline())
+    into, got = memoryview(b"") if library else _touched(size), 0
     try:
         began = time.perf_counter()
         if library:
@@ -254,7 +298,7 @@ def _http(size: int, library: bool, took: list[float]) -> None:
         else:
             connection = http.client.HTTPConnection("127.0.0.1", port)
             connection.request("GET", "/")
-            reply, into, got = connection.getresponse(), memoryview(bytearray(size)), 0
+            reply = connection.getresponse()
             while got < size:
                 got += reply.readinto(into[got:])
             connection.close()
@@ -325,7 +369,7 @@ def first_values(bench: Bench, runs: int) -> Table:
         rows.append((name, f"{statistics.median(times):.0f}", f"{min(times):.0f}", f"{max(times):.0f}"))
         print("first value:", *rows[-1], flush=True)
     return (
-        "From `save()` to the value at the client while the job runs, ms",
+        "From the line after `save()` to the value at the client while the job runs, ms",
         ("value", "median", "fastest", "slowest"),
         rows,
     )
@@ -478,7 +522,7 @@ def memory(bench: Bench) -> Table:
     names = [name for name in peaks[300] if name in peaks[2000]]
     rows = [(name, *(f"{peaks[size][name] / 1e6:.0f}" for size in (300, 2000))) for name in names]
     return (
-        "Memory of its own of each process at its highest, MB (files in the page cache not counted)",
+        "Memory of its own of each process at its highest, MB (anonymous and shared; the page cache of files not counted)",
         ("process", "300 MB", "2 GB"),
         rows,
     )
@@ -488,6 +532,7 @@ def _peaks(bench: Bench, size: int) -> dict[str, int]:
     watched: dict[str, psutil.Process] = {}
     for name in bench.mesh.processes():
         watched[name] = bench.mesh.family(name)[0]
+    site = watched["site-ansbach"]
     ended = threading.Event()
     peaks: dict[str, int] = {}
 
@@ -496,6 +541,11 @@ def _peaks(bench: Bench, size: int) -> dict[str, int]:
             for name, process in list(watched.items()):
                 with contextlib.suppress(OSError, psutil.Error):
                     peaks[name] = max(peaks.get(name, 0), _own_bytes(process.pid))
+            with contextlib.suppress(OSError, psutil.Error):
+                for child in site.children(recursive=True):
+                    endpoint = "endpoint" in " ".join(child.cmdline())
+                    name = "endpoint of the site" if endpoint else "runner (it makes the values) or model host"
+                    peaks[name] = max(peaks.get(name, 0), _own_bytes(child.pid))
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -509,13 +559,11 @@ def _peaks(bench: Bench, size: int) -> dict[str, int]:
     watched["edif fetch"] = psutil.Process(fetching.pid)
     assert fetching.wait() == 0
     target.unlink()
-    with contextlib.suppress(Exception):
-        import httpx
+    import httpx
 
-        url = httpx.get(f"{bench.mesh.gateway_url}/response/{job}", timeout=600).json()["data"]
-        with httpx.stream("GET", url, timeout=600) as answer:
-            for _ in answer.iter_raw(1 << 20):
-                pass
+    url = httpx.get(f"{bench.mesh.gateway_url}/response/{job}", timeout=600).json()["data"]
+    with httpx.stream("GET", url, timeout=600) as answer:
+        assert sum(len(piece) for piece in answer.iter_raw(1 << 20)) > size * MB
     ended.set()
     watching.join()
     asyncio.run(bench.delete(job))
@@ -524,10 +572,11 @@ def _peaks(bench: Bench, size: int) -> dict[str, int]:
 
 
 def _own_bytes(pid: int) -> int:
+    own = 0
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
+        if line.startswith(("RssAnon", "RssShmem")):
+            own += int(line.split()[1]) * 1024
+    return own
 
 
 def render(tables: list[Table], runs: int) -> str:

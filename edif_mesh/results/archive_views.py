@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from edif_mesh.results.archive_types import BARE, MAX_REPEAT, NAMES, SMALL_BYTES
-from edif_mesh.results.wire_dtypes import to_wire
+from edif_mesh.results.wire_dtypes import LEAST_ELEMENTS, to_wire
 
 Node = dict[str, Any]
 
@@ -24,7 +24,6 @@ class Views:
     def __init__(self, add_storage: Callable[[memoryview, int], int], wire_dtype: str = "") -> None:
         """`add_storage(data, bytes of one number)` returns a storage's number."""
         self._add_storage, self._wire = add_storage, wire_dtype
-        self._short: dict[tuple[Any, ...], tuple[torch.Tensor, Node] | None] = {}
         self._groups: dict[tuple[int, str], list[tuple[torch.Tensor, Node]]] = {}
 
     def add(self, tensor: torch.Tensor, node: Node) -> Node:
@@ -34,42 +33,58 @@ class Views:
             tensor = tensor.view(BARE[tensor.dtype])
         if tensor.device.type != "cpu" or not tensor.numel() or _repeats_too_much(tensor):
             tensor = tensor.cpu().contiguous()
-        if self._wire and (short := self._shortened(tensor)) is not None:
-            tensor = short[0]
-            node.update(short[1])
         self._groups.setdefault((tensor.untyped_storage().data_ptr(), node["d"]), []).append((tensor, node))
         return node
-
-    def _shortened(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Node] | None:
-        """The same view is converted once; what was converted is a tensor of its own."""
-        where = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype
-        key = (*where, tuple(tensor.shape), tensor.stride())
-        if key not in self._short:
-            self._short[key] = to_wire(tensor, self._wire)
-        return self._short[key]
 
     def place(self) -> None:
         """Complete every node, in the order in which storages were first met."""
         for views in self._groups.values():
-            spans = [_span(tensor) for tensor, _ in views if tensor.numel()]
-            low, high = min((s[0] for s in spans), default=0), max((s[1] for s in spans), default=0)
-            if spans and high - low <= sum(s[2] for s in spans):
-                self._share(views, low, high)
+            if self._wire:  # few numbers stay exact, also where they are a part of many
+                self._place([view for view in views if view[0].numel() >= LEAST_ELEMENTS])
+                self._place([view for view in views if view[0].numel() < LEAST_ELEMENTS])
             else:
-                for tensor, node in views:
-                    self._alone(tensor, node)
+                self._place(views)
+
+    def _place(self, views: list[tuple[torch.Tensor, Node]]) -> None:
+        spans = [_span(tensor) for tensor, _ in views if tensor.numel()]
+        low, high = min((s[0] for s in spans), default=0), max((s[1] for s in spans), default=0)
+        if spans and high - low <= sum(s[2] for s in spans):
+            self._share(views, low, high)
+        else:
+            for tensor, node in views:
+                self._alone(tensor, node)
 
     def _share(self, views: list[tuple[torch.Tensor, Node]], low: int, high: int) -> None:
-        number = self._add_storage(_raw(views[0][0], low, high), views[0][0].element_size())
+        first = views[0][0]
+        span = torch.empty(0, dtype=first.dtype).set_(
+            first.untyped_storage(), low // first.element_size(), ((high - low) // first.element_size(),)
+        )
+        short = self._shortened(span, [node for _, node in views])
+        shipped, begin, end = (span, low, high) if short is None else (short, 0, short.numel() * short.element_size())
+        number = self._add_storage(_raw(shipped, begin, end), shipped.element_size())
         for tensor, node in views:
             offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
             _complete(node, tensor, offset, number)
 
     def _alone(self, tensor: torch.Tensor, node: Node) -> None:
         dense = tensor if tensor.is_contiguous() else tensor.clone()  # in the order of its strides
-        low = dense.storage_offset() * dense.element_size()
-        data = _raw(dense, low, low + dense.numel() * dense.element_size()) if dense.numel() else memoryview(b"")
-        _complete(node, dense, 0, self._add_storage(data, dense.element_size()))
+        shipped = self._shortened(dense, [node])
+        shipped = dense if shipped is None else shipped
+        low = shipped.storage_offset() * shipped.element_size()
+        size = shipped.numel() * shipped.element_size()
+        data = _raw(shipped, low, low + size) if size else memoryview(b"")
+        _complete(node, dense, 0, self._add_storage(data, shipped.element_size()))
+
+    def _shortened(self, tensor: torch.Tensor, nodes: list[Node]) -> torch.Tensor | None:
+        """The tensor in the wire dtype, which is noted in the nodes; None where it is sent as it is."""
+        if not self._wire or any(node["t"] != "tensor" for node in nodes):
+            return None
+        short = to_wire(tensor, self._wire)
+        if short is None:
+            return None
+        for node in nodes:
+            node.update(short[1])
+        return short[0]
 
 
 def _complete(node: Node, tensor: torch.Tensor, offset: int, storage: int) -> None:

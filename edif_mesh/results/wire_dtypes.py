@@ -33,8 +33,9 @@ def to_wire(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, dict[str, An
         return None
     scale = largest / _STEPS or 1.0
     short = (tensor.double() / scale).round_().clamp_(-_STEPS, _STEPS).to(torch.int8)
-    bound = float((short.double() * scale - tensor.double()).abs().max())
-    return short, {"w": name, "scale": scale, "bound": bound}
+    node = {"w": name, "scale": scale}
+    bound = float((from_wire(short, node, tensor.dtype).double() - tensor.double()).abs().max())
+    return short, {**node, "bound": bound}
 
 
 def wire_dtype_of(node: dict[str, Any], dtype: torch.dtype) -> torch.dtype | None:

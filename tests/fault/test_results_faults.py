@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from benchmarks.link import Link
@@ -173,6 +176,45 @@ def test_a_killed_client_goes_on_with_what_it_has_and_another_machine_begins_ane
     moved = fetching(elsewhere, job, tmp_path / "b.edif")
     assert moved.wait(60) == 0
     assert (tmp_path / "b.edif").read_bytes() == target.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_larger_result_takes_no_more_memory_anywhere(mesh: RunningMesh, tmp_path: Path) -> None:
+    peaks = {size: peaks_of(mesh, finished(mesh, size), tmp_path / f"{size}.edif") for size in (60, 400)}
+    for name, most in peaks[400].items():
+        assert most < peaks[60][name] + (64 << 20), f"{name}: {peaks[60][name]:,} and {most:,} bytes"
+
+
+def peaks_of(mesh: RunningMesh, job: str, target: Path) -> dict[str, int]:
+    """The most memory that each process has of its own while the result is fetched into a file, and by a web client."""
+    watched = {name: pid for name, pid in mesh.processes().items() if name != "nats"}
+    peaks = dict.fromkeys([*watched, "edif fetch"], 0)
+
+    def look() -> None:
+        for name, pid in watched.items():
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                own = sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+                peaks[name] = max(peaks[name], own)
+
+    fetch = fetching(mesh.home, job, target)
+    watched["edif fetch"] = fetch.pid
+    while fetch.poll() is None:
+        look()
+    assert fetch.returncode == 0
+    client = threading.Thread(target=lambda: downloaded(mesh, job))
+    client.start()
+    while client.is_alive():
+        look()
+        client.join(0.01)
+    return peaks
+
+
+def downloaded(mesh: RunningMesh, job: str) -> None:
+    url = httpx.get(f"{mesh.gateway_url}/response/{job}", timeout=120).json()["data"]
+    with httpx.stream("GET", url, timeout=120) as answer:
+        for _ in answer.iter_raw(1 << 20):
+            pass
 
 
 def test_a_result_outlives_the_site_that_made_it(mesh: RunningMesh, tmp_path: Path) -> None:

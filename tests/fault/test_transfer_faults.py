@@ -248,6 +248,13 @@ async def test_chunks_that_changed_places_are_named(connection: Connection, bulk
     await refused(bulk, manifest, "Chunk [45] is altered")
 
 
+async def test_a_chunk_that_comes_twice_does_not_stand_in_for_another(connection: Connection, bulk: NatsBulk) -> None:
+    data = some_bytes(1 << 20)
+    manifest = await write(bulk, data)
+    await replace(connection, 4, data[3 * CHUNK : 4 * CHUNK])
+    await refused(bulk, manifest, "Chunk 4 is altered")
+
+
 @pytest.mark.parametrize("lie", [b"", bytes(48 * 16), bytes(48 * 15)])
 async def test_an_altered_index_is_refused(connection: Connection, bulk: NatsBulk, lie: bytes) -> None:
     manifest = await write(bulk, some_bytes(1 << 20))

@@ -74,9 +74,11 @@ def deletion_asked(draft: Draft, event: DeletionAsked) -> None:
 
 
 def job_purged(draft: Draft, event: JobPurged) -> None:
-    """The broker holds nothing of the job any more."""
+    """The broker has deleted what it held of the job; it counts once no site can store anything more."""
     job = draft.job(event.job)
-    if job is not None and job.keeping is not None and job.keeping.deleting and not job.keeping.purged:
+    if job is None or job.keeping is None or job.keeping.drop_at:
+        return
+    if job.keeping.deleting and not job.keeping.purged:
         job = draft.change_job(job, keeping=replace(job.keeping, purged=True))
         draft.audit("result deleted at the broker", job=job)
 
@@ -105,7 +107,7 @@ def tend_deletions(draft: Draft) -> None:
     """Repeat what has not been done: after a restart, and once nobody borrows from a deleted result any more."""
     for name in list(draft.state.deleting):
         job = draft.job(name)
-        if job is not None:
+        if job is not None and job.keeping is not None and not job.keeping.drop_at:
             purge(draft, job)
 
 

@@ -172,7 +172,8 @@ class Service:
     async def _measure(self) -> None:
         """Look how full the broker's streams are; what is full refuses new orders until a tenth of it is free again."""
         full = ""
-        most = _max_bytes(self._config.store)
+        # Printed lines are not counted: who prints much must not keep others from ordering.
+        most = {name: size for name, size in _max_bytes(self._config.store).items() if name != subjects.LOGS_STREAM}
         while True:
             try:
                 used = {name: await self._streams.used_bytes(name) for name in most}

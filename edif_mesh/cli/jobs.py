@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from edif_mesh.cli.exit_codes import FAILED, OK
-from edif_mesh.cli.render import ago, as_json, err, gigabytes, say, seconds, table
+from edif_mesh.cli.exit_codes import FAILED, OK, exit_code
+from edif_mesh.cli.render import ago, as_json, complain, err, gigabytes, say, seconds, table
 from edif_mesh.client.mesh import Mesh
 from edif_mesh.domain.attempt import Receipt
 from edif_mesh.domain.job import JobStatus
-from edif_mesh.errors import ConfigError
+from edif_mesh.errors import ConfigError, EdifError, NotFoundError, RefusedError
 from edif_mesh.wire.messages import JobSnapshot
 
 
@@ -128,17 +128,25 @@ def delete_jobs(*, jobs: tuple[str, ...], yes: bool, json: bool) -> int:
             say("Nothing was deleted.")
             return FAILED
 
-    async def ask() -> list[JobSnapshot]:
+    async def ask() -> tuple[list[JobSnapshot], list[EdifError]]:
+        found, refused = list[JobSnapshot](), list[EdifError]()
         async with await Mesh.connect(name="cli") as mesh:
-            return [await mesh.job(job).delete() for job in jobs]
+            for job in jobs:  # one that is refused holds up no other
+                try:
+                    found.append(await mesh.job(job).delete())
+                except (NotFoundError, RefusedError) as error:
+                    refused.append(error)
+        return found, refused
 
-    found = asyncio.run(ask())
+    found, refused = asyncio.run(ask())
     if json:
-        as_json(found)
+        as_json({"deleted": found, "refused": [{"code": error.code, "text": str(error)} for error in refused]})
     else:
         for snapshot in found:
             say(f"{snapshot.job}: {snapshot.text}")
-    return OK
+        for error in refused:
+            complain(str(error))
+    return exit_code(refused[-1]) if refused else OK
 
 
 def show_logs(*, job: str, follow: bool, json: bool) -> int:

@@ -167,7 +167,9 @@ def cancel(
 @app.command()
 def rm(
     jobs: Annotated[list[str], typer.Argument(help="Job ids, as `edif jobs` lists them.", metavar="JOB...")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask; without a terminal, and with --json, nobody is asked.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Delete what the mesh keeps of ended jobs (payload, result, printed lines), at the broker and at all sites."""

@@ -214,11 +214,13 @@ def _renew(renewal: LeaseRenewed, sent_monotonic_ms: int, state: State, now: Now
             ended = end(state, held.key, AttemptStatus.CANCELLED, now, detail="superseded", kill="superseded")
             record += ended.record
             act += ended.act
-    if fresh := tuple(job for job in renewal.drop if job not in state.dropped):
+    running = {held.job for held in state.held.values()}  # what has not ended here may still store something
+    drop = tuple(job for job in renewal.drop if job not in running)
+    if fresh := tuple(job for job in drop if job not in state.dropped):
         record.append(Audited("dropped", f"deleted by their owners: {', '.join(fresh)}"))
         act += [DropJobs(fresh), SendAdvert()]
-    if renewal.drop != state.dropped:
-        record.append(JobsDropped(renewal.drop))
+    if drop != state.dropped:
+        record.append(JobsDropped(drop))
     return Decision(tuple(record), tuple(act))
 
 

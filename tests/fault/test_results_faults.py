@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import subprocess
@@ -23,6 +24,8 @@ from edif_mesh.transport.bulk import NatsBulk
 from edif_mesh.transport.nats_bus import Connection, connect
 from edif_mesh.wire import subjects
 from edif_mesh.wire.messages import Manifest
+from site_agent.shell.bulk import Cargo
+from site_agent.shell.spool import Spool
 from tests import traces
 from tests.builders_transfer import a_manifest
 from tests.contract.nats_starter import NatsServer
@@ -112,6 +115,29 @@ async def test_a_broker_killed_while_chunks_are_stored_and_read_keeps_what_it_ac
     assert set(held.values()) == {1}
     await writing.close()
     await reading.close()
+
+
+async def test_an_accepted_result_waits_for_room_in_a_full_store(
+    connection: Connection, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {spec.name: 64 << 20 for spec in subjects.STREAMS}
+    await connection.streams.ensure(subjects.STREAMS, max_bytes={**limits, subjects.RESULTS_STREAM: 4 << 20})
+    data = random.Random(6).randbytes(12 * MB)
+    cargo, spool = Cargo(connection.streams, NatsBulk.beside(connection)), Spool(tmp_path)
+    await spool.put(data)
+    spool.end()
+    storing = asyncio.create_task(cargo.store((JOB, ONE), spool))
+    async with asyncio.timeout(30):
+        while "store is full" not in " ".join(str(getattr(record, "text", "")) for record in caplog.records):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert not storing.done()
+    await connection.streams.ensure(subjects.STREAMS, max_bytes=limits)
+    manifest = a_manifest(JOB, ONE, await asyncio.wait_for(storing, 30))
+    bulk = NatsBulk.beside(connection)
+    await ResultReader(bulk, JOB, FileSink(tmp_path / "result")).read(manifest)
+    assert (tmp_path / "result").read_bytes() == data
+    await bulk.close()
+    await cargo.close()
 
 
 # -------------------------------------------------------------------------------------------------------- a real mesh

@@ -402,6 +402,10 @@ class World:
         self, site: Site, held: Held, status: AttemptStatus, failure: Failure | None = None, blame: Blame | None = None
     ) -> None:
         grant = held.grant
+        job = self.state.jobs.get(grant.job)
+        if held.running and self.up and job is not None and job.keeping is not None:
+            if job.keeping.deleted_at_ms is not None and not job.keeping.deleting:
+                self._fail([f"{grant.job} counts as deleted, and {site.name} still stored something of it"])
         held.sequence += 1
         done = status is AttemptStatus.SUCCEEDED
         held.manifest = (
@@ -475,7 +479,8 @@ class World:
                 held.lease_until_ms = max(held.lease_until_ms, sent_at_ms + answer.lease_ms)
             elif held.running and held.accepted_at_ms < sent_at_ms:
                 self._report(site, held, AttemptStatus.RELEASED)
-        site.dropped = answer.drop
+        running = {job for (job, _), held in site.held.items() if held.running}
+        site.dropped = tuple(job for job in answer.drop if job not in running)
 
     def _advert_loop(self, site: Site) -> None:
         self._after(ADVERT_MS, lambda: self._advert_loop(site))

@@ -13,6 +13,8 @@ from edif_mesh.domain.attempt import AttemptStatus, Blame
 from edif_mesh.domain.ids import AttemptNumber
 from edif_mesh.domain.job import Limits
 from edif_mesh.results.archive import read
+from edif_mesh.results.chunks import checked
+from edif_mesh.results.forms import FormOpener
 from edif_mesh.results.manifest import check_index, embedded_index
 from edif_mesh.wire import subjects
 from edif_mesh.wire.envelope import envelope_digest, open_envelope
@@ -48,7 +50,10 @@ async def archive_of(coordinator: PlayedCoordinator, order: Order, report: Repor
         assert raw is not None
         index = check_index(manifest, raw.data)
     assert [entry.digest for entry in index.entries] == [hashlib.sha256(chunk).digest() for chunk in chunks]
-    data = b"".join(chunks)
+    opened_chunks = enumerate(zip(index.entries, chunks, strict=True))
+    data = b"".join(
+        checked(FormOpener(), manifest, number, entry, memoryview(chunk)) for number, (entry, chunk) in opened_chunks
+    )
     assert len(data) == manifest.archive_bytes
     return manifest, data
 

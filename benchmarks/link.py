@@ -12,12 +12,13 @@ connections share in each direction; what waits is bounded, then the sender wait
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
-from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,24 +31,26 @@ class Link:
 
     def __init__(self, to: str, *, rtt_ms: float = 0, mbit: float = 0) -> None:
         """`mbit` a second in each direction; 0: as fast as this machine copies."""
-        host, _, port = to.rpartition(":")
-        here, there = multiprocessing.Pipe()
-        arguments = (there, (host, int(port)), rtt_ms / 2000, mbit * 125_000)
-        self._process = multiprocessing.get_context("spawn").Process(target=_proxy, args=arguments, daemon=True)
-        self._pipe = here
+        self._command = [sys.executable, "-m", "benchmarks.link", to, str(rtt_ms), str(mbit)]
+        self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
         self.address = ""
 
     def __enter__(self) -> Link:
-        self._process.start()
-        self.address = f"127.0.0.1:{self._pipe.recv()}"
+        # No `multiprocessing`: it leaves a process of its own behind, for as long as whoever uses it lives.
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        )
+        assert self._process.stdout is not None
+        self.address = f"127.0.0.1:{int(self._process.stdout.readline())}"
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        assert self._process is not None
         self._process.kill()
-        self._process.join()
+        self._process.communicate()
 
     def cut(self) -> None:
         """Break every connection; what was under way in them is lost."""
@@ -59,9 +62,13 @@ class Link:
         return down, up
 
     def _ask(self, what: str) -> Any:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with self._lock:
-            self._pipe.send(what)
-            return self._pipe.recv()
+            self._process.stdin.write(what + "\n")
+            self._process.stdin.flush()
+            return [int(number) for number in self._process.stdout.readline().split()]
 
 
 class _Way:
@@ -87,7 +94,7 @@ class _Way:
             return self._free_at + self.delay_s
 
 
-def _proxy(pipe: Pipe, to: tuple[str, int], delay_s: float, bytes_per_s: float) -> None:
+def _proxy(to: tuple[str, int], delay_s: float, bytes_per_s: float) -> None:
     down, up = _Way(delay_s, bytes_per_s), _Way(delay_s, bytes_per_s)
     there: set[tuple[socket.socket, socket.socket]] = set()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -107,20 +114,16 @@ def _proxy(pipe: Pipe, to: tuple[str, int], delay_s: float, bytes_per_s: float) 
                     threading.Thread(target=_carry, args=(source, sink, way), daemon=True).start()
 
         threading.Thread(target=accept, daemon=True).start()
-        pipe.send(server.getsockname()[1])
-        while True:
-            try:
-                what = pipe.recv()
-            except EOFError:
-                return
-            if what == "cut":
+        print(server.getsockname()[1], flush=True)
+        for line in sys.stdin:
+            if line.strip() == "cut":
                 for near, far in list(there):
                     # The near end gets no reset: a link that breaks takes nothing back that has arrived.
                     for sock, how in ((near, socket.SHUT_WR), (far, socket.SHUT_RDWR)):
                         with contextlib.suppress(OSError):
                             sock.shutdown(how)
                 there.clear()
-            pipe.send((down.carried, up.carried))
+            print(down.carried, up.carried, flush=True)
 
 
 def _carry(source: socket.socket, sink: socket.socket, way: _Way) -> None:
@@ -182,3 +185,8 @@ def _carry_slowly(source: socket.socket, sink: socket.socket, way: _Way) -> None
             ended = True
             changed.notify_all()
         delivering.join()
+
+
+if __name__ == "__main__":
+    _host, _, _port = sys.argv[1].rpartition(":")
+    _proxy((_host, int(_port)), float(sys.argv[2]) / 2000, float(sys.argv[3]) * 125_000)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.link import Link
+from benchmarks.page import put_section
 from benchmarks.run import ROOT, machine
 
 MB = 1_000_000
@@ -27,10 +28,6 @@ LINKS = {10: 4, 100: 24, 1_000: 96, 10_000: 192}
 """Mbit/s, and the MB of activations that are sent through it."""
 LOSSLESS = ("off", "fast", "best", "auto")
 WIRE = ("float16", "bfloat16", "int8")
-BEGIN, END = (
-    "<!-- compression: begin (written by `python -m benchmarks.compression --write`) -->",
-    "<!-- compression: end -->",
-)
 PLOT = "compression.png"
 
 
@@ -48,14 +45,7 @@ def main() -> None:
     print(page)
     if given.write:
         plot(found, ROOT / "docs" / PLOT)
-        path = ROOT / "docs" / "benchmarks.md"
-        text = path.read_text()
-        before, _, rest = text.partition(BEGIN)
-        path.write_text(
-            f"{before}{BEGIN}\n\n{page}\n{END}{rest.partition(END)[2]}"
-            if rest
-            else f"{text}\n{BEGIN}\n\n{page}\n{END}\n"
-        )
+        put_section("compression", page, ROOT / "docs" / "benchmarks.md")
 
 
 def activations() -> Any:

@@ -29,10 +29,10 @@ from typing import Any
 import psutil
 
 from benchmarks.link import Link
+from benchmarks.page import markdown, put_section
 from benchmarks.run import ROOT, machine
 
 MB = 1_000_000
-BEGIN, END = "<!-- results: begin (written by `python -m benchmarks.results --write`) -->", "<!-- results: end -->"
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -71,14 +71,7 @@ def main() -> None:
     page = render(tables, given.runs)
     print(page)
     if given.write:
-        path = ROOT / "docs" / "benchmarks.md"
-        text = path.read_text()
-        before, _, rest = text.partition(BEGIN)
-        path.write_text(
-            f"{before}{BEGIN}\n\n{page}\n{END}{rest.partition(END)[2]}"
-            if rest
-            else f"{text}\n{BEGIN}\n\n{page}\n{END}\n"
-        )
+        put_section("results", page, ROOT / "docs" / "benchmarks.md")
 
 
 class Bench:
@@ -592,8 +585,7 @@ def render(tables: list[Table], runs: int) -> str:
         "",
     ]
     for title, columns, rows in tables:
-        lines += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        lines += [f"### {title}", "", *markdown(columns, rows), ""]
     return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1_000_000
 Row = tuple[str, ...]
@@ -250,8 +252,7 @@ def render(tables: list[tuple[str, Row, list[Row]]], runs: int) -> str:
         "",
     ]
     for title, columns, rows in tables:
-        lines += [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        lines += [f"## {title}", "", *markdown(columns, rows), ""]
     return "\n".join(lines)
 
 

@@ -22,13 +22,13 @@ from typing import Any
 
 from benchmarks import traces
 from benchmarks.beside import AIM_MS, AIM_RATIO, Report, Row, fit, plain_table
+from benchmarks.page import put_section
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UPS = 2
 _QUIET_S = 0.12
 """Longer than a runner waits before it warms up."""
 _PATIENCE_S = 30.0
-_BEGIN, _END = "<!-- runner: begin (written by `python -m benchmarks.runner --write`) -->", "<!-- runner: end -->"
 
 
 def main() -> None:
@@ -197,12 +197,7 @@ def _profile() -> Any:
 
 def write(report: Report, peer: Report | None, path: Path = ROOT / "docs" / "benchmarks.md") -> None:
     """Put the table between its marks in the page at `path`; everything else on it stays."""
-    page = path.read_text()
-    before, begin, rest = page.partition(_BEGIN)
-    after = rest.partition(_END)[2] if begin else ""
-    path.write_text(
-        f"{before if begin else page.rstrip() + chr(10) * 2}{_BEGIN}\n\n{section(report, peer)}\n{_END}{after or chr(10)}"
-    )
+    put_section("runner", section(report, peer), path)
 
 
 def section(report: Report, peer: Report | None) -> str:

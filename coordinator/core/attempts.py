@@ -227,7 +227,8 @@ def _ended(
     said = failure or Failure(
         status.value.lower(), report.detail or f"{site} ended the attempt ({status.value.lower()})."
     )
-    if status is AttemptStatus.SUCCEEDED and manifest is not None:
+    if status is AttemptStatus.SUCCEEDED:
+        assert manifest is not None, "`_apply` lets no success pass without one"
         draft.change_job(
             job,
             status=JobStatus.SUCCEEDED,

@@ -45,7 +45,7 @@ def decide(event: Event, state: MeshState, now_ms: int) -> Decision:
         case CancelRequested():
             jobs.cancel_requested(draft, event)
         case DeletionAsked():
-            keeping.deletion_asked(draft, event)
+            jobs.deletion_asked(draft, event)
         case JobPurged():
             keeping.job_purged(draft, event)
         case JobAsked():

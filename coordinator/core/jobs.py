@@ -6,8 +6,8 @@ import heapq
 
 from coordinator.core.attempts import stop
 from coordinator.core.decision import Draft, PublishJob, PublishRefusal, Reply
-from coordinator.core.events import CancelRequested, JobAsked, JobsAsked, MeshAsked, OrderReceived
-from coordinator.core.keeping import too_much_kept
+from coordinator.core.events import CancelRequested, DeletionAsked, JobAsked, JobsAsked, MeshAsked, OrderReceived
+from coordinator.core.keeping import begin_deletion, too_much_kept
 from coordinator.core.placement import only_permanent
 from coordinator.core.schedule import schedule, verdicts_for
 from coordinator.core.snapshot import mesh_view, snapshot
@@ -71,6 +71,19 @@ def cancel_requested(draft: Draft, event: CancelRequested) -> None:
         job = _end(draft, job, JobStatus.CANCELLED, Failure("cancelled", f"Cancelled: {reason}."), "cancelled")
         schedule(draft)
     _answer_job(draft, event.reply_to, job)
+
+
+def deletion_asked(draft: Draft, event: DeletionAsked) -> None:
+    """Begin to delete a job's payload, result and lines everywhere; only its owner may, and only once it has ended."""
+    job = draft.job(event.job)
+    if job is None or job.owner != event.by:
+        _answer(draft, event.reply_to, Refusal(_unknown(event.job), event.job))
+        return
+    if not job.terminal:
+        failure = Failure("still_running", f"{job.job} has not ended. Cancel it first: edif cancel {job.job}")
+        _answer(draft, event.reply_to, Refusal(failure, event.job))
+        return
+    _answer_job(draft, event.reply_to, begin_deletion(draft, job))
 
 
 def job_asked(draft: Draft, event: JobAsked) -> None:

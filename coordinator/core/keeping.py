@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coordinator.core.decision import Draft, PurgeJob, Reply
-from coordinator.core.events import DeletionAsked, JobPurged
-from coordinator.core.snapshot import snapshot
-from coordinator.core.state import JobRecord, Keeping, MeshState
+from coordinator.core.decision import Draft, PurgeJob
+from coordinator.core.events import JobPurged
+from coordinator.core.state import JobRecord, Keeping, MeshState, borrowers
 from edif_mesh.domain.ids import AttemptNumber, JobId, KeyId, SiteId
-from edif_mesh.domain.job import Failure
-from edif_mesh.wire.messages import Manifest, Refusal
+from edif_mesh.wire.messages import Manifest
 
 MAX_DROPS = 100
 """The most jobs that one answer to an advert tells a site to drop."""
@@ -48,17 +46,8 @@ def too_much_kept(state: MeshState, owner: KeyId) -> tuple[str, str] | None:
     )
 
 
-def deletion_asked(draft: Draft, event: DeletionAsked) -> None:
-    """Begin to delete a job's payload, result and lines everywhere; only its owner may, and only once it has ended."""
-    job = draft.job(event.job)
-    if job is None or job.owner != event.by:
-        failure = Failure("not_found", f"There is no job {event.job[:40]} of yours here.")
-        draft.send(Reply(event.reply_to, Refusal(failure, event.job)))
-        return
-    if not job.terminal:
-        failure = Failure("still_running", f"{job.job} has not ended. Cancel it first: edif cancel {job.job}")
-        draft.send(Reply(event.reply_to, Refusal(failure, event.job)))
-        return
+def begin_deletion(draft: Draft, job: JobRecord) -> JobRecord:
+    """Begin to delete an ended job's payload, result and lines everywhere; a second time changes nothing."""
     keeping = job.keeping or Keeping(0, draft.now_ms)
     if keeping.deleted_at_ms is None:
         held = (draft.attempt((job.job, AttemptNumber(number))) for number in range(1, job.attempt + 1))
@@ -70,7 +59,7 @@ def deletion_asked(draft: Draft, event: DeletionAsked) -> None:
         )
         draft.audit("result deletion asked", job=job, text=text)
         purge(draft, job)
-    draft.send(Reply(event.reply_to, snapshot(draft, job)))
+    return job
 
 
 def job_purged(draft: Draft, event: JobPurged) -> None:
@@ -121,9 +110,3 @@ def purge(draft: Draft, job: JobRecord) -> None:
         and not borrowers(draft.state, job.job, draft.now_ms)
     ):
         draft.send(PurgeJob(job.job))
-
-
-def borrowers(state: MeshState, job: JobId, now_ms: int) -> list[JobId]:
-    """Return the kept results that use chunks of this one."""
-    found = (state.kept.get(name) for name in state.borrowed.get(job, ()))
-    return sorted(kept.job for kept in found if kept is not None and now_ms < kept.until_ms)

@@ -8,7 +8,7 @@ from coordinator.core.decision import Draft
 from coordinator.core.placement import BUSY, only_permanent
 from coordinator.core.queue import position
 from coordinator.core.schedule import verdicts_for
-from coordinator.core.state import AttemptRecord, JobRecord, Keeping
+from coordinator.core.state import AttemptRecord, JobRecord, Keeping, borrowers
 from edif_mesh.domain.attempt import AttemptStatus
 from edif_mesh.domain.ids import AttemptNumber, SiteId
 from edif_mesh.domain.job import Failure, JobStatus
@@ -91,9 +91,9 @@ def _is_gone(draft: Draft, job: JobRecord) -> bool:
 def _deletion(draft: Draft, job: JobRecord, keeping: Keeping) -> str:
     if not keeping.deleting:
         return "Its owner has deleted its payload, result and lines."
-    users = draft.state.borrowed.get(job.job)
+    users = borrowers(draft.state, job.job, draft.now_ms)
     if not keeping.purged and users:
-        names = ", ".join(sorted(users)[:3])
+        names = ", ".join(users[:3])
         return (
             f"Its owner has deleted it; its chunks go when {names}, which uses them too, is deleted or its time is up."
         )

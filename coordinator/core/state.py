@@ -323,6 +323,12 @@ def unkeep(state: MeshState, job: JobId) -> None:
             state.borrowed.pop(lender, None)
 
 
+def borrowers(state: MeshState, job: JobId, now_ms: int) -> list[JobId]:
+    """Return the kept results that use chunks of this one."""
+    found = (state.kept.get(name) for name in state.borrowed.get(job, ()))
+    return sorted(kept.job for kept in found if kept is not None and now_ms < kept.until_ms)
+
+
 def _count(state: MeshState, kept: Kept, sign: int) -> None:
     size = sign * kept.stored_bytes
     state.kept_bytes[kept.owner] = state.kept_bytes.get(kept.owner, 0) + size

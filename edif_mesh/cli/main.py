@@ -238,16 +238,7 @@ def run(
     result: ResultOption = None,
 ) -> None:
     """Run a script whose `remote=True` goes through the mesh; starts a gateway when none runs."""
-    from edif_mesh.cli.run import run_script
-
-    _run(
-        run_script,
-        script=script,
-        arguments=tuple(context.args),
-        wait=True,
-        limits=tuple(limit or ()),
-        results=tuple(result or ()),
-    )
+    _run_script(context, script, limit, result, wait=True)
 
 
 @app.command(context_settings=_SCRIPT)
@@ -258,13 +249,19 @@ def submit(
     result: ResultOption = None,
 ) -> None:
     """Send a script's remote jobs without waiting and print their ids; fetch the results later."""
+    _run_script(context, script, limit, result, wait=False)
+
+
+def _run_script(
+    context: typer.Context, script: Path, limit: list[str] | None, result: list[str] | None, *, wait: bool
+) -> None:
     from edif_mesh.cli.run import run_script
 
     _run(
         run_script,
         script=script,
         arguments=tuple(context.args),
-        wait=False,
+        wait=wait,
         limits=tuple(limit or ()),
         results=tuple(result or ()),
     )

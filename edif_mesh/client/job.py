@@ -179,7 +179,7 @@ class Job:
         Its record stays: who ran what, where and when. Raises NotFoundError, and RefusedError while the job runs.
         """
         snapshot = await self._ask(DeleteJob(self.id, now_ms()))
-        await asyncio.to_thread(forget, self._mesh.config.outbox_dir.parent / "cache", self.id)
+        await asyncio.to_thread(forget, self._mesh.cache_dir, self.id)
         return snapshot
 
     async def receipt(self) -> Receipt | None:
@@ -257,7 +257,7 @@ class Job:
         progress: Callable[[int, int], None] | None = None,
     ) -> memoryview:
         """Like `result`, but the verified archive's bytes."""
-        last = self._last if self._last is not None and self._last.status.terminal else await self.wait(on_update)
+        last = await self._ended(on_update)
         try:
             manifest = self.verified_manifest(last)
         except EdifError:
@@ -314,7 +314,7 @@ class Job:
                     return
                 await news.wait()
         finally:
-            follower.on_placed = _nothing
+            follower.on_placed = None
             ending.cancel()
 
     async def follow_result(self) -> None:
@@ -342,9 +342,9 @@ class Job:
         from edif_mesh.results.lazy import no_waiting, open_result
 
         await self._drop_reader()
-        last = self._last if self._last is not None and self._last.status.terminal else await self.wait()
+        last = await self._ended()
         manifest = self.verified_manifest(last)
-        folder = self._mesh.config.outbox_dir.parent / "cache"
+        folder = self._mesh.cache_dir
         await asyncio.to_thread(make_room, folder, manifest.archive_bytes)
         sink = FileSink(folder / f"{self.id}.{manifest.attempt}.edif", or_nameless=True)
         return await open_result(self._reader_into(sink), sink, manifest, run or no_waiting, classes)
@@ -362,14 +362,14 @@ class Job:
         than a few chunks are in memory. Raises as `result`, and StoreFullError when the disk is full.
         """
         await self._drop_reader()
-        last = self._last if self._last is not None and self._last.status.terminal else await self.wait(on_update)
+        last = await self._ended(on_update)
         manifest = self.verified_manifest(last)
         await self._read(self._reader_into(FileSink(path)), manifest, progress)
         return manifest.archive_bytes
 
     def _result_reader(self) -> ResultReader:
         if self._reader is None:
-            self._sink = BufferSink(self._mesh.config.outbox_dir.parent / "cache", self.memory_bytes)
+            self._sink = BufferSink(self._mesh.cache_dir, self.memory_bytes)
             self._reader = self._reader_into(self._sink)
         return self._reader
 
@@ -420,6 +420,12 @@ class Job:
         return decode_as(Order, body_of(envelope)) if envelope is not None else None
 
     # -------------------------------------------------------------------------------------------------------- inside
+
+    async def _ended(self, on_update: Callable[[JobSnapshot], None] | None = None) -> JobSnapshot:
+        """Return the terminal state, waited for where it is not known yet."""
+        if self._last is not None and self._last.status.terminal:
+            return self._last
+        return await self.wait(on_update)
 
     async def _subscribe(self) -> None:
         """Subscribe unless done; without a link the polls of `watch` stand in until there is one."""
@@ -498,7 +504,3 @@ def raise_for(snapshot: JobSnapshot) -> None:
 def now_ms() -> int:
     """Return the time, Unix UTC, in ms."""
     return time.time_ns() // 1_000_000
-
-
-def _nothing() -> None:
-    """There is nobody to tell."""

@@ -127,6 +127,11 @@ class Mesh:
         await mesh.bulk.lane()
         return mesh
 
+    @property
+    def cache_dir(self) -> Path:
+        """The folder of what was fetched in part, and may go on."""
+        return self.config.outbox_dir.parent / "cache"
+
     async def __aenter__(self) -> Mesh:
         return self
 

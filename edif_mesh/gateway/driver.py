@@ -67,8 +67,7 @@ class Driver:
             snapshot = await job.status(patience_s=0)
             if snapshot.status is not JobStatus.SUCCEEDED:
                 return snapshot_frame(snapshot)
-            if self._results.find(job_id) is None:
-                await self._blob(job, snapshot, _compressed(job), keep=True)
+            await self._kept(job, snapshot)
         except TransportError:
             return None
         except NotFoundError as error:
@@ -84,7 +83,7 @@ class Driver:
             snapshot = await job.status(patience_s=0)
             if snapshot.status is not JobStatus.SUCCEEDED:
                 return None
-            await self._blob(job, snapshot, _compressed(job), keep=True)
+            return await self._kept(job, snapshot)
         return self._results.find(job_id)
 
     def _url(self, job_id: JobId, base_url: str) -> str:
@@ -122,6 +121,12 @@ class Driver:
             self._sessions.send(session, binary_frame({**done, "data": blob}))
             return
         self._sessions.send(session, text_frame({**done, "data": self._url(job.id, base_url)}))
+
+    async def _kept(self, job: Job, snapshot: JobSnapshot) -> Path | None:
+        """Return the blob on disk of a job that has succeeded, made where there is none."""
+        if self._results.find(job.id) is None:
+            await self._blob(job, snapshot, _compressed(job), keep=True)
+        return self._results.find(job.id)
 
     async def _blob(self, job: Job, snapshot: JobSnapshot, compress: bool, *, keep: bool) -> bytes | None:
         """Fetch, verify, decode and write anew; once, however many ask. None: it is kept on disk."""

@@ -61,7 +61,7 @@ class Views:
         )
         short = self._shortened(span, [node for _, node in views])
         shipped, begin, end = (span, low, high) if short is None else (short, 0, short.numel() * short.element_size())
-        number = self._add_storage(_raw(shipped, begin, end), shipped.element_size())
+        number = self._add_storage(raw_bytes(shipped, begin, end), shipped.element_size())
         for tensor, node in views:
             offset = tensor.storage_offset() - low // tensor.element_size() if tensor.numel() else 0
             _complete(node, tensor, offset, number)
@@ -72,7 +72,7 @@ class Views:
         shipped = dense if shipped is None else shipped
         low = shipped.storage_offset() * shipped.element_size()
         size = shipped.numel() * shipped.element_size()
-        data = _raw(shipped, low, low + size) if size else memoryview(b"")
+        data = raw_bytes(shipped, low, low + size) if size else memoryview(b"")
         _complete(node, dense, 0, self._add_storage(data, shipped.element_size()))
 
     def _shortened(self, tensor: torch.Tensor, nodes: list[Node]) -> torch.Tensor | None:
@@ -104,8 +104,8 @@ def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
     return start, start + (reach + 1) * size, math.prod(tensor.shape) * size
 
 
-def _raw(tensor: torch.Tensor, low: int, high: int) -> memoryview:
-    """The bytes `low` to `high` of the tensor's storage, one or more, without a copy."""
+def raw_bytes(tensor: torch.Tensor, low: int, high: int) -> memoryview:
+    """Return the bytes `low` to `high` of the tensor's storage, one or more, without a copy."""
     flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), low, (high - low,))
     if tensor.dtype is torch.bool and int(flat.max()) > 1:
         flat = (flat != 0).view(torch.uint8)  # bytes that were viewed as bool; a reader takes only 0 and 1

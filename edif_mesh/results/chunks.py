@@ -22,16 +22,6 @@ class Opener(Protocol):
         """Return exactly `entry.plain_bytes` bytes; raises ChunkError that names the chunk. Called in threads."""
 
 
-class OpenAsIs:
-    """Chunks that travel as they are."""
-
-    def open(self, of: Manifest | ResultPart, number: int, entry: Entry, stored: memoryview) -> memoryview:
-        """Return the chunk itself."""
-        if entry.form != AS_IS:
-            raise ChunkError(f"Chunk {number} has the unknown form {entry.form}; a newer client is needed.")
-        return stored
-
-
 def checked(opener: Opener, of: Manifest | ResultPart, number: int, entry: Entry, stored: memoryview) -> memoryview:
     """Return a chunk's piece of the archive; raises ChunkError, naming it, when it is not what the index says."""
     if len(stored) != entry.stored_bytes:

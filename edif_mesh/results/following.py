@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from edif_mesh.domain.ids import AttemptNumber, JobId
-from edif_mesh.errors import ChunkError, EdifError, ManifestError, NoReplyError, NotConnectedError
+from edif_mesh.errors import ChunkError, EdifError, NoReplyError, NotConnectedError
 from edif_mesh.results.chunks import ChunkCache, Opener, checked
 from edif_mesh.results.index import OWN, Entry
 from edif_mesh.results.manifest import part_index
@@ -48,13 +48,16 @@ class Follower:
         self.starts: list[int] = [0]
         self.placed: dict[int, Entry] | None = None
         """What lies in the sink, by number; None while nothing was begun there."""
-        self.on_placed: Callable[[], None] = _nothing
+        self.on_placed: Callable[[], None] | None = None
         """Called when more of the archive lies in the sink."""
         self._held: dict[int, memoryview] = {}
         self._held_bytes = 0
         self._parts: list[bytes] = []
+        self._last_part: ResultPart | None = None
+        self._prefix = 0
+        self._failed = False
         self._news = asyncio.Event()
-        self._stop_listening: Callable[[], None] = _nothing
+        self._stop_listening: Callable[[], None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._placing: asyncio.Task[None] | None = None
 
@@ -79,8 +82,9 @@ class Follower:
         """Stop, once what is on its way has come; return the chunks of the manifest's attempt that no part spoke of."""
         if manifest is not None:
             await self._hear_the_rest(manifest)
-        self._stop_listening()
-        self._stop_listening = _nothing
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
         following, self._following = self._following, None
         if following is not None:
             following.cancel()
@@ -104,9 +108,6 @@ class Follower:
             count += 1
         self._prefix = count
         return count
-
-    _prefix = 0
-    _failed = False
 
     # --------------------------------------------------------------------------------------------------- hearing
 
@@ -181,7 +182,7 @@ class Follower:
             parts, self._parts = self._parts, []
             of = [part for raw in parts if (part := self._opened(raw)) is not None]
             if of:
-                self._last = of[-1]
+                self._last_part = of[-1]
             ready = [number for number in self._held if number < len(self.entries)]
             if not ready:
                 return
@@ -200,9 +201,8 @@ class Follower:
                     self._held_bytes -= len(data)
             self.placed.update({number: self.entries[number] for number in good})
             self._news.set()
-            self.on_placed()
-
-    _last: ResultPart
+            if self.on_placed is not None:
+                self.on_placed()
 
     def _opened(self, raw: bytes) -> ResultPart | None:
         """Take a part's entries; None for one that is not to be believed, or does not follow the last."""
@@ -210,7 +210,7 @@ class Follower:
         try:
             part = self._open_part(raw)
             index = part_index(part)
-        except (EdifError, ManifestError) as error:
+        except EdifError as error:
             log.warning("part refused", extra={"job": self._job, "error": str(error)})
             return None
         if part.attempt != self.attempt or part.first != len(self.entries):
@@ -222,12 +222,13 @@ class Follower:
 
     def _place_now(self, chunks: list[tuple[int, int, Entry, memoryview]]) -> list[int]:
         """Check and place; a chunk that is wrong is left out, and named when the manifest is there."""
+        assert self._last_part is not None
         good = []
         for number, start, entry, stored in chunks:
             if entry.lender != OWN:
                 continue
             try:
-                plain = checked(self._opener, self._last, number, entry, stored)
+                plain = checked(self._opener, self._last_part, number, entry, stored)
             except ChunkError as error:
                 log.warning("chunk refused", extra={"job": self._job, "error": str(error)})
                 continue
@@ -236,7 +237,3 @@ class Follower:
                 self._cache.add(entry.digest, stored)
             good.append(number)
         return good
-
-
-def _nothing() -> None:
-    """There is nothing to do."""

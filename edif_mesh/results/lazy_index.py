@@ -122,11 +122,11 @@ def _runs(view: torch.Tensor, size: int, start: int) -> Ranges:
     return [(start + (offset + int(at)) * size, start + (offset + int(at) + run) * size) for at in starts]
 
 
-def merged(ranges: Ranges, gap_bytes: int = 0) -> Ranges:
-    """Return the ranges in order; those that overlap, or lie at most `gap_bytes` apart, as one."""
+def merged(ranges: Ranges) -> Ranges:
+    """Return the ranges in order; those that overlap or touch, as one."""
     together: Ranges = []
     for start, stop in sorted(ranges):
-        if together and start <= together[-1][1] + gap_bytes:
+        if together and start <= together[-1][1]:
             together[-1] = together[-1][0], max(stop, together[-1][1])
         else:
             together.append((start, stop))

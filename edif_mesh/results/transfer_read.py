@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from edif_mesh.domain.ids import JobId
 from edif_mesh.errors import ChunkError, ManifestError, TransportError
-from edif_mesh.results.chunks import ChunkCache, OpenAsIs, Opener, checked
+from edif_mesh.results.chunks import ChunkCache, Opener, checked
 from edif_mesh.results.following import Follower
+from edif_mesh.results.forms import FormOpener
 from edif_mesh.results.index import OWN, Index
 from edif_mesh.results.manifest import check_index, check_sizes, embedded_index, index_bytes
 from edif_mesh.results.sources import Address, BrokerSource, Source, Way
@@ -65,8 +66,8 @@ class ResultReader:
         cache: ChunkCache | None = None,
     ) -> None:
         """`open_part` verifies a signed part; `sources` gives further ways to the chunks, the best first."""
-        self._bulk, self._job, self._sink = bulk, job, sink
-        self._opener: Opener = opener or OpenAsIs()
+        self._job, self._sink = job, sink
+        self._opener: Opener = opener or FormOpener()
         self._follower = Follower(bulk, job, sink, self._opener, open_part, cache)
         self._broker = BrokerSource(bulk, patience_ms)
         self._sources = sources
@@ -112,7 +113,7 @@ class ResultReader:
         self._progress = progress
         index = await self.prepare(manifest)
         try:
-            await self._fetch(manifest, index)
+            await self.fetch_chunks(manifest, index, range(len(index)))
             await self._at_sink(self._sink.finish, manifest.archive_bytes)
         finally:
             self._sink.close()
@@ -126,15 +127,13 @@ class ResultReader:
         held = await self._follower.end(manifest)
         self._stats = ReadStats(manifest.archive_bytes, self._follower.fetched_bytes, chunks=manifest.chunks)
         index = embedded_index(manifest) or await self._index(manifest)
-        there = self._follower.placed if self._follower.attempt == manifest.attempt else None
+        followed = self._follower.placed if self._follower.attempt == manifest.attempt else None
+        there = followed
         if there is None:
             there = await self._at_sink(self._sink.begin, self._job, manifest.attempt)
-            resumed = True
-        else:
-            resumed = False
         self._have = {n for n, entry in there.items() if n < len(index) and entry == index.entries[n]}
         self._have_bytes = sum(index.entries[number].plain_bytes for number in self._have)
-        if resumed:
+        if followed is None:
             self._stats.resumed_bytes = self._have_bytes
         self._follower.forget()
         await self._place(manifest, index, [(number, data) for number, data in held.items() if number < len(index)])
@@ -161,9 +160,6 @@ class ResultReader:
         return check_index(manifest, raw)
 
     # ---------------------------------------------------------------------------------------------------- fetching
-
-    async def _fetch(self, manifest: Manifest, index: Index) -> None:
-        await self.fetch_chunks(manifest, index, range(len(index)))
 
     async def fetch_chunks(self, manifest: Manifest, index: Index, wanted: Iterable[int]) -> None:
         """Fetch those of the `wanted` chunks that are not there, from wherever they lie; raises as `read`."""

@@ -90,8 +90,7 @@ class BufferSink:
     def _to_disk(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            file, name = tempfile.mkstemp(dir=folder, prefix="result-")
-            os.unlink(name)
+            file = _nameless_file(folder)
             size, copied = os.fstat(self._file).st_size, 0
             while copied < size:
                 copied += os.sendfile(file, self._file, copied, size - copied)
@@ -105,7 +104,12 @@ def _anonymous_file() -> int:
     """Return a file that lives in memory where the system has such, else in the folder for temporary files."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("edif-result", os.MFD_CLOEXEC)
-    file, name = tempfile.mkstemp(prefix="edif-result-")
+    return _nameless_file(None)
+
+
+def _nameless_file(folder: Path | None) -> int:
+    """Return a new file that is gone when it closes; None is the folder for temporary files."""
+    file, name = tempfile.mkstemp(dir=folder, prefix="edif-result-")
     os.unlink(name)
     return file
 
@@ -152,8 +156,7 @@ class FileSink:
         self._file = -1
         if not self._or_nameless:
             raise ResultError(f"{self._part} is being written by another process; wait for it, or name another file.")
-        self._file, name = tempfile.mkstemp(dir=self.path.parent, prefix="result-")
-        os.unlink(name)
+        self._file = _nameless_file(self.path.parent)
         self._list = open(os.devnull, "w")  # noqa: SIM115
 
     def place(self, number: int, start: int, entry: Entry, data: memoryview) -> None:

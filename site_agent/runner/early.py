@@ -14,11 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from edif_mesh.results.archive import ALONE_BYTES, Cut
 from edif_mesh.results.archive_encode_tensors import is_plain_tensor
 from edif_mesh.results.archive_records import DATA, LEAF, MAX_LEAF_BYTES, leaf_text
 from edif_mesh.results.archive_sent import Sent, address, fingerprint
 from edif_mesh.results.archive_types import BARE, NAMES
+from edif_mesh.results.archive_views import raw_bytes
 from site_agent.runner.protocol import HEAD, Kind, pack
 
 FIRST_AFTER_S, AGAIN_AFTER_S = 0.01, 0.02
@@ -175,11 +178,7 @@ def _bytes_of(tensor: Any) -> memoryview | None:
     """The tensor's own bytes where an archive would ship exactly these: dense, on the CPU; else None."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel() or tensor.dtype in BARE:
         return None
-    if tensor.is_conj() or tensor.is_neg() or str(tensor.dtype) == "torch.bool":
+    if tensor.is_conj() or tensor.is_neg() or tensor.dtype is torch.bool:
         return None
-    import torch
-
-    size = tensor.numel() * tensor.element_size()
     start = tensor.storage_offset() * tensor.element_size()
-    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (size,))
-    return memoryview(flat.numpy())
+    return raw_bytes(tensor, start, start + tensor.numel() * tensor.element_size())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 from shutil import rmtree, which
+
+from edif_mesh.transport.ports import Bus
 
 
 class NatsServer:
@@ -61,3 +64,10 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+async def link_is(bus: Bus, wanted: bool) -> None:
+    """Wait until the bus is connected, or is not."""
+    async with asyncio.timeout(15):
+        while bus.connected is not wanted:  # noqa: ASYNC110 (no event to wait for)
+            await asyncio.sleep(0.01)

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -21,36 +21,21 @@ from edif_mesh.results.transfer import ResultWriter
 from edif_mesh.results.transfer_read import ResultReader
 from edif_mesh.results.transfer_sinks import FileSink
 from edif_mesh.transport.bulk import NatsBulk
-from edif_mesh.transport.nats_bus import Connection, connect
+from edif_mesh.transport.nats_bus import Connection
 from edif_mesh.wire import subjects
 from edif_mesh.wire.messages import Manifest
 from site_agent.shell.bulk import Cargo
 from site_agent.shell.spool import Spool
 from tests import traces
 from tests.builders_transfer import a_manifest
-from tests.contract.nats_starter import NatsServer
+from tests.contract.nats_starter import NatsServer, link_is
 from tests.mesh import RunningMesh, environment, running_mesh, until
 from tests.models import tiny_gpt2
 from tests.submitting import load
 
 JOB, ONE = JobId("j0000000000000000000000a"), AttemptNumber(1)
 MB = 1_000_000
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[NatsServer]:
-    server = NatsServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-async def connection(server: NatsServer) -> AsyncIterator[Connection]:
-    connection = await connect(server.url, name="results")
-    await connection.streams.ensure(subjects.STREAMS, max_bytes={spec.name: 900 << 20 for spec in subjects.STREAMS})
-    yield connection
-    await connection.close()
+MAX_BYTES = {spec.name: 900 << 20 for spec in subjects.STREAMS}
 
 
 async def stored(connection: Connection, data: bytes) -> Manifest:
@@ -111,6 +96,7 @@ async def test_a_broker_killed_while_chunks_are_stored_and_read_keeps_what_it_ac
 
     await reader.read(manifest, kill_once)
     assert (tmp_path / "result").read_bytes() == data
+    await link_is(connection.bus, True)  # the bulk connections may be back before it
     held = await connection.streams.subjects(subjects.RESULTS_STREAM, subjects.result_chunks(JOB))
     assert set(held.values()) == {1}
     await writing.close()

@@ -34,22 +34,6 @@ CHUNK = 64 << 10
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[NatsServer]:
-    server = NatsServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-async def connection(server: NatsServer) -> AsyncIterator[Connection]:
-    connection = await connect(server.url, name="transfer")
-    await connection.streams.ensure(subjects.STREAMS, max_bytes=MAX_BYTES)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
 async def bulk(connection: Connection) -> AsyncIterator[NatsBulk]:
     bulk = NatsBulk.beside(connection)
     yield bulk

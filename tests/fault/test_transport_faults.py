@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -11,35 +10,13 @@ import pytest
 from edif_mesh.domain.ids import JobId, KeyId
 from edif_mesh.errors import NotConnectedError
 from edif_mesh.transport.nats_bus import Connection, connect
-from edif_mesh.transport.ports import Bus, Delivery, Incoming
+from edif_mesh.transport.ports import Delivery, Incoming
 from edif_mesh.wire import subjects
-from tests.contract.nats_starter import NatsServer
+from tests.contract.nats_starter import NatsServer, link_is
 
 MAX_BYTES = {spec.name: 64 << 20 for spec in subjects.STREAMS}
 JOB = JobId("j0000000000000000000000a")
 KEY = KeyId("a" * 32)
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[NatsServer]:
-    server = NatsServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-async def connection(server: NatsServer) -> AsyncIterator[Connection]:
-    connection = await connect(server.url, name="fault")
-    await connection.streams.ensure(subjects.STREAMS, max_bytes=MAX_BYTES)
-    yield connection
-    await connection.close()
-
-
-async def link_is(bus: Bus, wanted: bool) -> None:
-    async with asyncio.timeout(15):
-        while bus.connected is not wanted:  # noqa: ASYNC110 (no event to wait for)
-            await asyncio.sleep(0.01)
 
 
 async def take(queue: asyncio.Queue, count: int) -> list:

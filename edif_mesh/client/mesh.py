@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,6 +103,7 @@ class Mesh:
         self.paths = Paths(self.bulk, lambda asked: seal(asked, key), direct=config.results.direct)
         self._connection = connection
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._handles: weakref.WeakSet[Job] = weakref.WeakSet()
         self._settling: set[JobId] = set()
         self.link_losses = 0
         self.session = secrets.token_hex(8)
@@ -145,7 +147,7 @@ class Mesh:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *(handle.close() for handle in list(self._handles)), return_exceptions=True)
         await self.bulk.close()
         await self._connection.close()
 
@@ -200,7 +202,7 @@ class Mesh:
             results=self._result_options(job, spec),
         )
         envelope = seal(order, self.key)
-        handle = Job(self, job, envelope_digest(envelope))
+        handle = self._handle(job, envelope)
         handle.storing = asyncio.ensure_future(put_payload(self.streams, job, payload))
         keeping = asyncio.to_thread(self.outbox.keep, job, envelope, payload)
         listening = [handle.start_watching()]
@@ -245,8 +247,13 @@ class Mesh:
         """Return the handle of a job that was submitted earlier, here or elsewhere; raises NotFoundError for a bad id."""
         if not is_job_id(job):
             raise NotFoundError(f"{job[:60]!r} is no job id; it looks like j0192f3c4d5e6a1b2c3d4e5f.")
-        envelope = self.outbox.order(JobId(job))
-        return Job(self, JobId(job), envelope_digest(envelope) if envelope else None)
+        return self._handle(JobId(job), self.outbox.order(JobId(job)))
+
+    def _handle(self, job: JobId, envelope: str | None) -> Job:
+        """Return a handle that is closed with us."""
+        handle = Job(self, job, envelope_digest(envelope) if envelope else None)
+        self._handles.add(handle)
+        return handle
 
     async def jobs(self, limit: int = 50) -> tuple[JobSnapshot, ...]:
         """Return this key's jobs, newest first."""

@@ -108,7 +108,6 @@ class FasterWay:
         paths, site = self._paths, self._manifest.site
         source = paths.direct(self._manifest) if path is Path.DIRECT else paths.broker()
         began, size = time.monotonic(), 0
-        address = Address(address.job, address.attempt)  # by name: a step that is left early has little on its way
         async with aclosing(source.chunks(address, part)) as batches:
             async for batch in batches:
                 size += sum(len(data) for _, data in batch)

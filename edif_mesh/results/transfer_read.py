@@ -171,7 +171,7 @@ class ResultReader:
         own = [number for number in missing if index.entries[number].lender == OWN]
         for source in self._sources(manifest) if self._sources is not None and own else ():
             try:
-                await self._take(source, Address(self._job, manifest.attempt, len(index) - 1), manifest, index, own)
+                await self._take(source, Address(self._job, manifest.attempt), manifest, index, own)
             except (ChunkError, OSError, TransportError) as error:
                 if isinstance(error, ChunkError):
                     self._stats.refused_chunks += 1
@@ -180,7 +180,7 @@ class ResultReader:
             own = [number for number in own if number not in self._have]
             if not own:
                 break
-        await self._take(self._broker, Address(self._job, manifest.attempt, len(index) - 1), manifest, index, own)
+        await self._take(self._broker, Address(self._job, manifest.attempt), manifest, index, own)
         for place, lender in enumerate(manifest.lenders, 1):
             lent = [number for number in missing if index.entries[number].lender == place]
             await self._take(self._broker, Address(lender.job, lender.attempt), manifest, index, lent)
@@ -203,8 +203,6 @@ class ResultReader:
                 size = sum(len(data) for _, data in batch)
                 self._stats.fetched_bytes += size
                 self._stats.read_bytes += size
-                if address.job == self._job and (foreign := [n for n, _ in batch if n >= len(index)]):
-                    raise ChunkError(f"Chunk {foreign[0]} is foreign: the manifest has only {len(index)} chunks.")
                 await self._place(manifest, index, ((by_number[n], data) for n, data in batch if n in by_number))
 
     async def _place(self, manifest: Manifest, index: Index, chunks: Iterable[tuple[int, memoryview]]) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,8 @@ from edif_mesh.transport.ports import Arrived
 log = logging.getLogger(__name__)
 
 _TRY_S = 10.0
+"""So long a lane may bring nothing while an answer is awaited; on a slow link the answer waits behind others."""
+_LONGEST_S = 300.0
 _RETRY_S = 0.1
 _HEARTBEAT_NS = 500_000_000
 _SILENCE_S = 1.5
@@ -128,10 +131,14 @@ class NatsBulk:
                 line = f"PUB {subject} {reply} {size}\r\n".encode()
             await lane.drain()
             lane.send(line, header, *pieces, b"\r\n")
-            async with asyncio.timeout(_TRY_S):
-                answer = await future
-        except TimeoutError as error:
-            raise NoReplyError(f"No answer on {subject} within {_TRY_S:.0f} s.") from error
+            sent_at = now = time.monotonic()
+            while not future.done():
+                silent_until = min(max(sent_at, lane.heard_at) + _TRY_S, sent_at + _LONGEST_S)
+                if now >= silent_until:
+                    raise NoReplyError(f"No answer on {subject} within {now - sent_at:.0f} s.")
+                await asyncio.wait({future}, timeout=silent_until - now)
+                now = time.monotonic()
+            answer = future.result()
         finally:
             self._open.pop(token, None)
             if not future.cancel() and not future.cancelled():
@@ -161,16 +168,6 @@ class NatsBulk:
             raise TransportError(f"The broker did not give {subject}: {answer.header('Description') or 'no reason'}.")
         return Arrived(answer.header("Nats-Subject"), answer.data, int(answer.header("Nats-Sequence")))
 
-    async def names(self, stream: str, subject: str) -> frozenset[str]:
-        """Return the subjects under `subject` that hold a message; raises NoReplyError, NotConnectedError."""
-        found: set[str] = set()
-        while True:
-            info = await self.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)})
-            page = info["state"].get("subjects") or {}
-            found.update(page)
-            if not page or len(found) >= info.get("total", 0):
-                return frozenset(found)
-
     async def listen(
         self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int
     ) -> Callable[[], None]:
@@ -182,12 +179,12 @@ class NatsBulk:
         sid = lane.subscribe(subject, lambda message: receiver(message.subject, message.data), at_most=at_most)
         return lambda: lane.unsubscribe(sid)
 
-    async def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
-        """Yield what the stream holds on `subject` from sequence `start` on, in order and without gaps, for ever.
+    async def push(self, stream: str, subject: str) -> AsyncGenerator[list[Arrived], None]:
+        """Yield what the stream holds on `subject`, in order and without gaps, for ever.
 
         See `ports.Bulk.push`: batches are what has arrived meanwhile; taking the next one answers flow control.
         """
-        follow = start
+        follow = 1
         while not self._closed:
             push = _Push(self, stream, subject, follow)
             try:

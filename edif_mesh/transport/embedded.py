@@ -199,6 +199,7 @@ def _config_text(settings: EmbeddedSettings) -> str:
         "ping_interval: 2s",
         "ping_max: 2",
         "write_deadline: 10s",
+        "write_timeout: retry",
         "jetstream {",
         f"  store_dir: {json.dumps(str(settings.store_dir / 'jetstream'))}",
         f"  max_file_store: {settings.max_store_bytes}",

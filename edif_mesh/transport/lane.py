@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ _HEAD_BYTES = 16 << 10
 _MAX_MESSAGE_BYTES = 8 << 20
 """The broker's `max_payload` is 1 MiB; a peer that announces more is no broker of ours."""
 _WRITE_HIGH_BYTES = 4 << 20
-_PING_S = 5.0
-_SILENT_PINGS = 3
+_PING_S = 1.5
+"""Less than a hub's own `ping_interval` of 2 s: its question would wait behind what a slow link has still to bring, and it
+would take us for dead; it does not ask whom it has heard."""
+_SILENT_PINGS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class Lane(asyncio.BufferedProtocol):
         self._body: bytearray | None = None
         self._body_filled = 0
         self._body_line: tuple[int, str, str, int] = (0, "", "", 0)
+        self.heard_at = 0.0
+        """When (monotonic seconds) a part of a message came last."""
         self._pings = 0
         self._timer: asyncio.TimerHandle | None = None
         self._error = ""
@@ -214,6 +219,7 @@ class Lane(asyncio.BufferedProtocol):
         """Of asyncio."""
         self._pings = 0
         if self._body is not None:
+            self.heard_at = time.monotonic()
             self._body_filled += nbytes
             if self._body_filled == len(self._body):
                 body, self._body = self._body, None
@@ -281,6 +287,7 @@ class Lane(asyncio.BufferedProtocol):
         return None
 
     def _dispatch(self, body: bytearray) -> None:
+        self.heard_at = time.monotonic()
         sid, subject, reply, header = self._body_line
         receiver = self._receivers.get(sid)
         if receiver is not None:

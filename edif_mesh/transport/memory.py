@@ -316,12 +316,8 @@ class MemoryBulk:
         stored = await self._streams.get(stream, subject)
         return None if stored is None else Arrived(subject, memoryview(stored.data), stored.sequence)
 
-    async def names(self, stream: str, subject: str) -> frozenset[str]:
-        """Return the subjects under `subject` that hold a message."""
-        return frozenset(await self._streams.subjects(stream, subject))
-
-    async def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
-        """Yield what `subject` holds from sequence `start` on, one message a batch, empty ones when nothing comes."""
+    async def push(self, stream: str, subject: str) -> AsyncGenerator[list[Arrived], None]:
+        """Yield what `subject` holds, one message a batch, empty ones when nothing comes."""
         reading = self._streams.read(stream, subject)
         following = asyncio.ensure_future(anext(reading))
         try:
@@ -331,8 +327,7 @@ class MemoryBulk:
                     yield []
                     continue
                 stored, following = following.result(), asyncio.ensure_future(anext(reading))
-                if stored.sequence >= start:
-                    yield [Arrived(stored.subject, memoryview(stored.data), stored.sequence)]
+                yield [Arrived(stored.subject, memoryview(stored.data), stored.sequence)]
         finally:
             following.cancel()
 

@@ -142,11 +142,8 @@ class Bulk(Protocol):
     async def get(self, stream: str, subject: str) -> Arrived | None:
         """Return the last message of `subject`, or None; raises NoReplyError, NotConnectedError."""
 
-    async def names(self, stream: str, subject: str) -> frozenset[str]:
-        """Return the subjects under `subject` that hold a message; raises NoReplyError, NotConnectedError."""
-
-    def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
-        """Yield what `subject` holds from sequence `start` on, in order, in batches, for ever.
+    def push(self, stream: str, subject: str) -> AsyncGenerator[list[Arrived], None]:
+        """Yield what `subject` holds, in order, in batches, for ever.
 
         Taking the next batch tells the broker to go on. An empty batch means that all there was has been given, that
         nothing came for a while, or that the link was lost and the push begins again behind the last message. Raises NotConnectedError when closed.

@@ -81,11 +81,8 @@ class _PatientBulk:
     async def get(self, stream: str, subject: str) -> Arrived | None:
         return await self._bulk.get(stream, subject)
 
-    async def names(self, stream: str, subject: str) -> frozenset[str]:
-        return await self._bulk.names(stream, subject)
-
-    def push(self, stream: str, subject: str, *, start: int = 1) -> AsyncGenerator[list[Arrived], None]:
-        return self._bulk.push(stream, subject, start=start)
+    def push(self, stream: str, subject: str) -> AsyncGenerator[list[Arrived], None]:
+        return self._bulk.push(stream, subject)
 
     async def listen(
         self, subject: str, receiver: Callable[[str, memoryview], None], *, at_most: int

@@ -30,7 +30,7 @@ class NatsServer:
     def start(self) -> None:
         config = self.folder / "nats.conf"
         config.write_text(
-            f'host: "127.0.0.1"\nport: {self.port}\n'
+            f'write_timeout: retry\nhost: "127.0.0.1"\nport: {self.port}\n'
             f'jetstream {{ store_dir: "{self.store}", sync_interval: always, max_file_store: 4GB }}\n{self.extra}\n'
         )
         binary = which("nats-server", path=str(Path(sys.executable).parent)) or which("nats-server")

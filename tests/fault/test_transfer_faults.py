@@ -215,13 +215,22 @@ async def test_a_missing_only_chunk_is_named(bulk: NatsBulk) -> None:
     await refused(bulk, a_manifest(JOB, ONE, ManifestParts(an_index_of(1))), r"chunks 0 is missing")
 
 
-async def test_a_foreign_chunk_is_refused(connection: Connection, bulk: NatsBulk) -> None:
+async def test_a_chunk_of_another_result_is_refused(connection: Connection, bulk: NatsBulk) -> None:
     manifest = await write(bulk, some_bytes(1 << 20))
-    await connection.streams.append(subjects.result_chunk(JOB, ONE, 77), b"x", message_id="foreign")
-    last = await connection.streams.get(subjects.RESULTS_STREAM, subjects.result_chunk(JOB, ONE, 15))
-    assert last is not None
-    await replace(connection, 15, last.data)  # so that the foreign one lies before the last one
-    await refused(bulk, manifest, "Chunk 77 is foreign")
+    await replace(connection, 4, some_bytes(CHUNK, seed=2))
+    await refused(bulk, manifest, "Chunk 4 is altered")
+
+
+async def test_a_chunk_that_the_manifest_does_not_know_is_not_even_fetched(
+    connection: Connection, bulk: NatsBulk
+) -> None:
+    data = some_bytes(1 << 20)
+    manifest = await write(bulk, data)
+    await connection.streams.append(subjects.result_chunk(JOB, ONE, 16), b"x" * CHUNK, message_id="foreign")
+    sink = BufferSink()
+    stats = await ResultReader(bulk, JOB, sink).read(manifest)
+    assert sink.data == data
+    assert stats.read_bytes == len(data)
 
 
 async def test_chunks_that_changed_places_are_named(connection: Connection, bulk: NatsBulk) -> None:

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 OFF, FAST, BEST = 0, 1, 9
 LEVELS = {"off": OFF, "fast": FAST, "best": BEST}
-_UNPACK_PART = 0.5
-"""Compressing and opening cost time beside the link; this part of it is seen, for two cores share it."""
+_SEEN_PART = 0.9
+"""Compressing and opening cost time beside the link; this part of it is seen, for the cores carry the bytes as well."""
 _LOOK_AGAIN_CHUNKS = 64
+_FAST_LINK_BYTES_PER_S = 60e6
+_LEAST_S, _LEAST_BYTES = 0.1, 1 << 20
+"""What an estimate of a link is made of: less would measure the buffers before it."""
 _MEMORY = 0.7
 
 
@@ -25,9 +28,11 @@ class LinkEstimate:
         if self._since_s is not None:
             self._bytes += size
             took_s = now_s - self._since_s
-            if took_s >= 0.02 and self._bytes >= 1 << 20:
+            if took_s >= _LEAST_S and self._bytes >= _LEAST_BYTES:
                 rate = self._bytes / took_s
-                self.bytes_per_s = rate if not self.bytes_per_s else _MEMORY * self.bytes_per_s + (1 - _MEMORY) * rate
+                # What a link has carried it can carry; that it carried less may be the sender's doing.
+                old_part = _MEMORY if rate < self.bytes_per_s else 1 - _MEMORY
+                self.bytes_per_s = rate if not self.bytes_per_s else old_part * self.bytes_per_s + (1 - old_part) * rate
                 self._since_s, self._bytes = now_s, 0
         if in_flight == 0:
             self._since_s, self._bytes = None, 0
@@ -52,6 +57,7 @@ class Choice:
     client_bytes_per_s: int = 0
     """Of the researcher's way from there; 0: unknown."""
     _measured: dict[int, _Measured] = field(default_factory=dict)
+    _tried: set[int] = field(default_factory=set)
     _chunks: int = 0
 
     def level(self, element: int) -> int:
@@ -59,17 +65,19 @@ class Choice:
         self._chunks += 1
         if self.setting != "auto":
             return LEVELS[self.setting]
+        link = min((rate for rate in (self.link.bytes_per_s, self.client_bytes_per_s) if rate), default=0.0)
         seen = self._measured.get(element)
         if seen is None:
-            # Nothing is known of these bytes. A first chunk costs 2 ms; a slow link that gets it as it is costs seconds.
-            return FAST
+            # Nothing is known of these bytes. A first chunk costs 2 ms; a slow link that gets them as they are costs seconds.
+            first = element not in self._tried
+            self._tried.add(element)
+            return FAST if first or link < _FAST_LINK_BYTES_PER_S else OFF
         if self._chunks - seen.at > _LOOK_AGAIN_CHUNKS and seen.ratio > 0.97:
             seen.at = self._chunks
             return FAST
-        link = min((rate for rate in (self.link.bytes_per_s, self.client_bytes_per_s) if rate), default=0.0)
         if not link:
             return FAST
-        return FAST if seen.ratio / link + _UNPACK_PART * seen.seconds_per_byte < 1 / link else OFF
+        return FAST if seen.ratio / link + _SEEN_PART * seen.seconds_per_byte < 1 / link else OFF
 
     def learn(self, element: int, plain_bytes: int, stored_bytes: int, seconds: float) -> None:
         """A chunk was compressed: to so many bytes, in so much time."""

@@ -14,13 +14,17 @@ LEAST_ELEMENTS = 64
 """Fewer numbers are sent as they are: a loss or a score stays exact."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _STEPS = 127
+_WORST_PART = 1 / 8
+"""Hidden states of language models have a few huge numbers: of those of SmolLM2's middle layers 99.9 % would become 0."""
 
 
 def to_wire(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, dict[str, Any]] | None:
     """Return the tensor in the wire dtype `name` and what its node says of it; None where it is sent as it is.
 
-    `int8` is linear over the largest magnitude: node fields `scale`, and `bound`, the largest absolute error. As they are: what
-    would not become shorter, has fewer than `LEAST_ELEMENTS` numbers, or holds what the wire dtype cannot (NaN, too large).
+    `int8` is linear over the largest magnitude: node fields `scale`, and `bound`, the largest absolute error. Where a few numbers
+    are so large that half a step is more than `_WORST_PART` of the mean magnitude, `bfloat16` takes its place. As they
+    are: what would not become shorter, has fewer than `LEAST_ELEMENTS` numbers, or holds what the wire dtype cannot
+    (NaN in `int8`, too large for `float16`).
     """
     wire = WIRE_DTYPES[name]
     if tensor.dtype not in _FLOATS or tensor.numel() < LEAST_ELEMENTS or wire.itemsize >= tensor.element_size():
@@ -32,7 +36,11 @@ def to_wire(tensor: torch.Tensor, name: str) -> tuple[torch.Tensor, dict[str, An
     if not math.isfinite(largest):
         return None
     scale = largest / _STEPS or 1.0
-    short = (tensor.double() / scale).round_().clamp_(-_STEPS, _STEPS).to(torch.int8)
+    usual = float(torch.linalg.vector_norm(tensor, 1, dtype=torch.float64)) / tensor.numel()
+    if largest and scale / 2 > _WORST_PART * usual:
+        return to_wire(tensor, "bfloat16")
+    exact = tensor.double() if tensor.dtype is torch.float64 else tensor.float()
+    short = (exact / scale).round_().clamp_(-_STEPS, _STEPS).to(torch.int8)
     node = {"w": name, "scale": scale}
     bound = float((from_wire(short, node, tensor.dtype).double() - tensor.double()).abs().max())
     return short, {**node, "bound": bound}

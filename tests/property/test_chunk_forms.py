@@ -264,3 +264,16 @@ def test_a_link_is_measured_while_it_is_busy_and_not_while_it_rests() -> None:
     assert link.bytes_per_s == pytest.approx((1 << 20) / 0.1)
     link.acknowledged(1 << 20, now + 100, 3)
     assert link.bytes_per_s == pytest.approx((1 << 20) / 0.1)
+
+
+def test_on_a_fast_link_only_one_chunk_is_tried_before_anything_is_known() -> None:
+    choice = Choice("auto", LinkEstimate(bytes_per_s=200e6))
+    assert [choice.level(4) for _ in range(20)] == [FAST] + [OFF] * 19
+    assert choice.level(2) == FAST
+
+
+def test_a_link_that_was_fed_slowly_is_soon_known_to_be_fast_again() -> None:
+    link = LinkEstimate(bytes_per_s=10e6)
+    for number in range(4):
+        link.acknowledged(20 << 20, number / 10, 3)
+    assert link.bytes_per_s > 0.9 * (20 << 20) / 0.1

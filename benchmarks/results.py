@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +51,34 @@ def main() -> None:
 
     os.environ["HF_HUB_CACHE"] = str(cache())
     model = tiny_gpt2()
-    from tests.mesh import running_mesh
-
     tables: list[Table] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="edif-bench-") as folder,
-        running_mesh(Path(folder), model, sites=1) as mesh,
-    ):
-        os.environ["EDIF_HOME"], os.environ["NDIF_HOST"] = str(mesh.home), mesh.gateway_url
-        bench = Bench(mesh, model)
+    with fresh_mesh(model) as bench:
         if "speed" in given.only:
             tables.append(speeds(bench, given.sizes, given.runs))
         if "first" in given.only:
             tables.append(first_values(bench, 2 * given.runs))
         if "rtt" in given.only:
             tables.append(far(bench, [size for size in given.sizes if size <= 300], given.runs))
-        if "memory" in given.only:
+    if "memory" in given.only:
+        with fresh_mesh(model) as bench:  # processes that have done nothing yet
             tables.append(memory(bench))
     page = render(tables, given.runs)
     print(page)
     if given.write:
         put_section("results", page, ROOT / "docs" / "benchmarks.md")
+
+
+@contextlib.contextmanager
+def fresh_mesh(model: str) -> Iterator[Bench]:
+    """A mesh of one site, started for the measurement."""
+    from tests.mesh import running_mesh
+
+    with (
+        tempfile.TemporaryDirectory(prefix="edif-bench-") as folder,
+        running_mesh(Path(folder), model, sites=1) as mesh,
+    ):
+        os.environ["EDIF_HOME"], os.environ["NDIF_HOST"] = str(mesh.home), mesh.gateway_url
+        yield Bench(mesh, model)
 
 
 class Bench:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from edif_mesh.client.backend import capture
+from edif_mesh.client.backend import capture, model_ref
 from edif_mesh.client.mesh import JobSpec
-from tests.models import cache
+from edif_mesh.domain.site import Versions
+from tests import traces
+from tests.models import cache, tiny_gpt2
 
 
 def payload_that_beats(repo_id: str, beats: int) -> tuple[bytes, JobSpec]:
@@ -46,3 +48,11 @@ def load(repo_id: str) -> Any:
     model.repo_id = repo_id
     huggingface._ID_CACHE[repo_id] = repo_id
     return model
+
+
+def large_job(mebibytes: int) -> tuple[bytes, JobSpec]:
+    """Payload and order of a job whose result is this large, and travels as it is."""
+    payload = traces.large(mebibytes)
+    model = model_ref(load(tiny_gpt2()))
+    client = Versions(nnsight="0.8.1")
+    return payload, JobSpec(model, uncompressed_bytes=len(payload), client=client, compression="off")

@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from edif_mesh.client.backend import model_ref
 from edif_mesh.client.blocking import BlockingMesh
-from edif_mesh.client.mesh import JobSpec
-from edif_mesh.domain.site import Versions
 from edif_mesh.errors import NoReplyError, NotConnectedError
-from tests import traces
 from tests.mesh import RunningMesh, running_mesh, until
 from tests.models import tiny_gpt2
-from tests.submitting import load
+from tests.submitting import large_job
 
 DELETED = "has deleted its payload, result and lines"
 
@@ -30,14 +26,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
 
 
 def ended_job(client: BlockingMesh) -> str:
-    payload = traces.large(8)  # large enough to be kept at the site, too
-    spec = JobSpec(
-        model_ref(load(tiny_gpt2())),
-        uncompressed_bytes=len(payload),
-        client=Versions(nnsight="0.8.1"),
-        compression="off",
-    )
-    job = client.submit(payload, spec)
+    job = client.submit(*large_job(8))  # large enough to be kept at the site, too
     job.result()
     return str(job.id)
 

@@ -26,12 +26,11 @@ from edif_mesh.wire import subjects
 from edif_mesh.wire.messages import Manifest
 from site_agent.shell.bulk import Cargo
 from site_agent.shell.spool import Spool
-from tests import traces
 from tests.builders_transfer import a_manifest
 from tests.contract.nats_starter import NatsServer, link_is
 from tests.mesh import RunningMesh, environment, running_mesh, until
 from tests.models import tiny_gpt2
-from tests.submitting import load
+from tests.submitting import large_job
 
 JOB, ONE = JobId("j0000000000000000000000a"), AttemptNumber(1)
 MB = 1_000_000
@@ -152,19 +151,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
 
 def finished(mesh: RunningMesh, mebibytes: int) -> str:
     """A job whose result of this size lies at the mesh."""
-    from edif_mesh.client.backend import model_ref
-    from edif_mesh.client.mesh import JobSpec
-    from edif_mesh.domain.site import Versions
-
     with mesh.client() as client:
-        payload = traces.large(mebibytes)
-        spec = JobSpec(
-            model_ref(load(tiny_gpt2())),
-            uncompressed_bytes=len(payload),
-            client=Versions(nnsight="0.8.1"),
-            compression="off",
-        )
-        job = client.submit(payload, spec)
+        job = client.submit(*large_job(mebibytes))
         job.wait()
         return str(job.id)
 

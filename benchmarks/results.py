@@ -211,10 +211,9 @@ async def _speed(bench: Bench, size: int, runs: int) -> dict[str, list[float]]:
         "mesh, a finished result, by the way that the client chooses": lambda: fetched(direct),
         "mesh, Python client, from submission to values": submitted,
     }
-    if size <= 300:
-        cases["mesh, unmodified nnsight, from submission to values"] = unmodified
-        if size <= 50:
-            cases["object store of nats-py, get"] = lambda: _object_store(bench, size, cases_took)
+    cases["mesh, unmodified nnsight, from submission to values"] = unmodified
+    if size <= 50:
+        cases["object store of nats-py, get"] = lambda: _object_store(bench, size, cases_took)
     if size >= 4:  # a smaller one is not kept for the endpoint
         cases["mesh, a finished result, directly from its site over HTTPS"] = only_direct
     took: dict[str, list[float]] = {name: [] for name in cases}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -61,6 +62,12 @@ class RunningMesh:
         command = [sys.executable, "-m", "edif_mesh.cli", *arguments]
         settings = environment(EDIF_HOME=str(self.home), COLUMNS="200", **more)
         return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=timeout_s)
+
+    def audited(self, job: str) -> list[str]:
+        """What the coordinator's audit says of a job, in order."""
+        with sqlite3.connect(f"file:{self.home / 'coordinator' / 'coordinator.db'}?mode=ro", uri=True) as database:
+            found = database.execute("select what from edif_audit where job = ? order by rowid", (job,))
+            return [what for (what,) in found]
 
     def processes(self) -> dict[str, int]:
         """Process ids by name: coordinator, site-NAME, gateway, nats."""

@@ -26,6 +26,8 @@ import sys
 import time
 from typing import Any
 
+from benchmarks.page import markdown
+
 MB = 1_000_000
 _PIECE = 1 << 17
 """As nnsight's client reads."""
@@ -50,10 +52,7 @@ def main() -> None:
     )
     try:
         _await(port)
-        print(
-            "| MB/s, from saved values to values at the client | " + " | ".join(f"{s} MB" for s in given.sizes) + " |"
-        )
-        print("| --- |" + " --- |" * len(given.sizes))
+        rows = []
         for name, compress, store in (
             ("no store, no network, zstd 3 (nnsight's default)", True, False),
             ("no store, no network, not compressed", False, False),
@@ -61,7 +60,9 @@ def main() -> None:
             ("moto as the store, not compressed", False, True),
         ):
             rates = [_rate(size, compress, store, given.runs) for size in given.sizes]
-            print(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |", flush=True)
+            rows.append([name, *(f"{rate:.0f}" for rate in rates)])
+        columns = ["MB/s, from saved values to values at the client", *(f"{size} MB" for size in given.sizes)]
+        print("\n".join(markdown(columns, rows)))
     finally:
         server.kill()
         server.wait()

@@ -60,11 +60,19 @@ def order_received(draft: Draft, event: OrderReceived) -> None:
     schedule(draft)
 
 
+def _own(draft: Draft, event: CancelRequested | DeletionAsked | JobAsked) -> JobRecord | None:
+    """Return the job that an event is about; None, with the refusal on its way, when it is not known to whoever asks."""
+    job = draft.job(event.job)
+    if job is not None and job.owner == event.by:
+        return job
+    _answer(draft, event.reply_to, Refusal(_unknown(event.job), event.job))
+    return None
+
+
 def cancel_requested(draft: Draft, event: CancelRequested) -> None:
     """End the job at once; what runs is stopped. Only the owner may; a second time changes nothing."""
-    job = draft.job(event.job)
-    if job is None or job.owner != event.by:
-        _answer(draft, event.reply_to, Refusal(_unknown(event.job), event.job))
+    job = _own(draft, event)
+    if job is None:
         return
     if not job.terminal:
         reason = event.reason[:200]
@@ -75,9 +83,8 @@ def cancel_requested(draft: Draft, event: CancelRequested) -> None:
 
 def deletion_asked(draft: Draft, event: DeletionAsked) -> None:
     """Begin to delete a job's payload, result and lines everywhere; only its owner may, and only once it has ended."""
-    job = draft.job(event.job)
-    if job is None or job.owner != event.by:
-        _answer(draft, event.reply_to, Refusal(_unknown(event.job), event.job))
+    job = _own(draft, event)
+    if job is None:
         return
     if not job.terminal:
         failure = Failure("still_running", f"{job.job} has not ended. Cancel it first: edif cancel {job.job}")
@@ -88,9 +95,8 @@ def deletion_asked(draft: Draft, event: DeletionAsked) -> None:
 
 def job_asked(draft: Draft, event: JobAsked) -> None:
     """Answer with the job's snapshot; to its owner only."""
-    job = draft.job(event.job)
-    if job is None or job.owner != event.by:
-        _answer(draft, event.reply_to, Refusal(_unknown(event.job), event.job))
+    job = _own(draft, event)
+    if job is None:
         return
     _answer_job(draft, event.reply_to, job, explain=event.explain)
 

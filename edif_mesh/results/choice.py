@@ -82,6 +82,7 @@ class Choice:
     def learn(self, element: int, plain_bytes: int, stored_bytes: int, seconds: float) -> None:
         """A chunk was compressed: to so many bytes, in so much time."""
         if plain_bytes < 1 << 14:
+            self._tried.discard(element)  # it says nothing: another one is tried
             return
         now = _Measured(stored_bytes / plain_bytes, seconds / plain_bytes, self._chunks)
         before = self._measured.get(element)

@@ -168,10 +168,11 @@ class ResultReader:
             cached = ((n, self._cache.get(index.entries[n].digest)) for n in missing if index.entries[n].lender != OWN)
             await self._place(manifest, index, [(number, data) for number, data in cached if data is not None])
             missing = [number for number in missing if number not in self._have]
+        ours = Address(self._job, manifest.attempt)
         own = [number for number in missing if index.entries[number].lender == OWN]
         for source in self._sources(manifest) if self._sources is not None and own else ():
             try:
-                await self._take(source, Address(self._job, manifest.attempt), manifest, index, own)
+                await self._take(source, ours, manifest, index, own)
             except (ChunkError, OSError, TransportError) as error:
                 if isinstance(error, ChunkError):
                     self._stats.refused_chunks += 1
@@ -180,7 +181,7 @@ class ResultReader:
             own = [number for number in own if number not in self._have]
             if not own:
                 break
-        await self._take(self._broker, Address(self._job, manifest.attempt), manifest, index, own)
+        await self._take(self._broker, ours, manifest, index, own)
         for place, lender in enumerate(manifest.lenders, 1):
             lent = [number for number in missing if index.entries[number].lender == place]
             await self._take(self._broker, Address(lender.job, lender.attempt), manifest, index, lent)

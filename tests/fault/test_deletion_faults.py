@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,11 +39,8 @@ def says(mesh: RunningMesh, job: str) -> str:
         return ""
 
 
-def audited(mesh: RunningMesh, job: str) -> list[str]:
-    database = next(mesh.home.rglob("*.sqlite*"), None) or next(mesh.home.rglob("*.db"))
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
-        found = connection.execute("select what from edif_audit where job = ? order by rowid", (job,))
-        return [what for (what,) in found if what.startswith("result deletion") or what.startswith("result deleted")]
+def deletions(mesh: RunningMesh, job: str) -> list[str]:
+    return [what for what in mesh.audited(job) if what.startswith(("result deletion", "result deleted"))]
 
 
 def of_sites(mesh: RunningMesh, job: str) -> list[Path]:
@@ -72,11 +68,11 @@ def test_a_site_that_was_away_deletes_when_it_is_back_although_the_coordinator_d
         kill_and_await(mesh, "coordinator")
         assert (text := until(lambda: says(mesh, job)))
         assert DELETED not in text
-        assert "result deleted at the broker" not in audited(mesh, job)
+        assert "result deleted at the broker" not in deletions(mesh, job)
     finally:
         os.kill(agent, signal.SIGCONT)
     assert until(lambda: DELETED in says(mesh, job)), says(mesh, job)
-    assert audited(mesh, job) == ["result deletion asked", "result deleted at a site", "result deleted at the broker"]
+    assert deletions(mesh, job) == ["result deletion asked", "result deleted at a site", "result deleted at the broker"]
     assert of_sites(mesh, job) == []
 
 
@@ -87,7 +83,7 @@ def test_a_deletion_goes_on_at_a_site_that_was_killed(mesh: RunningMesh) -> None
         assert mesh.edif("rm", job, "--yes").returncode == 0
         kill_and_await(mesh, "site-ansbach")
     assert until(lambda: DELETED in says(mesh, job)), says(mesh, job)
-    assert audited(mesh, job)[-1] == "result deleted at the broker"
+    assert deletions(mesh, job)[-1] == "result deleted at the broker"
     assert of_sites(mesh, job) == []
 
 
@@ -102,4 +98,4 @@ def test_a_deletion_outlives_the_broker_s_death(mesh: RunningMesh) -> None:
         finally:
             os.kill(agent, signal.SIGCONT)
     assert until(lambda: DELETED in says(mesh, job)), says(mesh, job)
-    assert audited(mesh, job).count("result deleted at the broker") == 1
+    assert deletions(mesh, job).count("result deleted at the broker") == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -356,8 +355,6 @@ async def test_what_is_deleted_is_gone_from_broker_and_cache_and_the_record_says
             await connected.job(job.id).result()
     assert mesh.edif("fetch", job.id, "-o", str(mesh.home / "x.edif")).returncode == 6
     assert "deleted" in next(line for line in mesh.edif("jobs").stdout.splitlines() if job.id in line)
-    database = next(mesh.home.rglob("*.sqlite*"), None) or next(mesh.home.rglob("*.db"))
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
-        audit = [what for (what,) in connection.execute("select what from edif_audit where job = ?", (job.id,))]
+    audit = mesh.audited(job.id)
     assert audit.count("result deletion asked") == audit.count("result deleted at the broker") == 1
     assert mesh.edif("rm", "j0192f3c4d5e6a1b2c3d4e5f6", "--yes").returncode in (4, 5)

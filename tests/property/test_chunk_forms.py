@@ -270,6 +270,8 @@ def test_on_a_fast_link_only_one_chunk_is_tried_before_anything_is_known() -> No
     choice = Choice("auto", LinkEstimate(bytes_per_s=200e6))
     assert [choice.level(4) for _ in range(20)] == [FAST] + [OFF] * 19
     assert choice.level(2) == FAST
+    choice.learn(4, 1000, 900, 0.001)  # too small to say anything
+    assert [choice.level(4) for _ in range(3)] == [FAST, OFF, OFF]
 
 
 def test_a_link_that_was_fed_slowly_is_soon_known_to_be_fast_again() -> None:
